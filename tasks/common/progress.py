@@ -1,0 +1,52 @@
+"""One progress bar for everything that takes longer than a few seconds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+Report = Callable[[float], None]
+"""Called with the share done, 0 to 1; a Prefect face turns it into a progress artifact."""
+
+
+class Progress:
+    """A bar on stderr, and a report of the share done at most once in two per cent.
+
+    Args:
+        label: what is being done, in a word or two.
+        total: amount of work in ``unit``.
+        unit: what is counted: tokens, documents, steps.
+        done: amount finished before, by an earlier call that was interrupted.
+        report: also told the share done.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, report: Report | None = None) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr, mininterval=0.5,
+            leave=False, dynamic_ncols=True, unit_scale=total >= 10_000,
+        )
+        self._report = report
+        self._told = -1.0
+
+    def __enter__(self) -> Progress:
+        self._tell()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
+            self._tell()
+        self._bar.close()
+
+    def add(self, amount: int) -> None:
+        """Count ``amount`` more units as done."""
+        self._bar.update(amount)
+        self._tell()
+
+    def _tell(self) -> None:
+        share = self._bar.n / self._bar.total if self._bar.total else 1.0
+        if self._report is not None and (share - self._told >= 0.02 or share >= 1.0 > self._told):
+            self._told = share
+            self._report(min(share, 1.0))
