@@ -135,7 +135,7 @@ def native_bfloat16() -> bool:
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     flags = _cpu_flags()
     return bool({"avx512_bf16", "amx_bf16"} & flags)
 

@@ -1,0 +1,95 @@
+"""One forward pass over documents: hidden states, logits in chunks, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tasks.scoring.batching import Tokenized, batches, padded
+from tasks.scoring.readout import Readout
+from tasks.scoring.rise import Factors, Sketcher
+
+LOGIT_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+"""Memory for one chunk of float32 logits: it bounds what the pass needs above the model, whatever the batch."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass made of N documents, in their order."""
+
+    signatures: NDArray[np.float32] | None
+    """φ (N, D), unit length; None without a sketcher."""
+    losses: NDArray[np.float64] | None
+    """Mean negative log-likelihood of a document's predicted tokens, in nats (N,); None unless asked for; NaN for a
+    document of one token."""
+
+
+@torch.inference_mode()
+def forward(
+    readout: Readout,
+    documents: Tokenized,
+    shard: range,
+    *,
+    batch_tokens: int,
+    sketcher: Sketcher | None = None,
+    losses: bool = False,
+    count: Callable[[int], None] | None = None,
+) -> Pass:
+    """Run the documents of a shard through the model once.
+
+    Position t of a document predicts its token t + 1, so a document of n tokens has n − 1 positions.
+
+    Args:
+        readout: the model.
+        documents: tokenized documents, shortest first.
+        shard: which of them.
+        batch_tokens: token budget of one forward pass.
+        sketcher: makes signatures of the positions.
+        losses: also return each document's mean negative log-likelihood.
+        count: told the number of tokens after each batch.
+    """
+    signatures: list[torch.Tensor] = []
+    means: list[torch.Tensor] = []
+    for batch in batches(documents, shard, batch_tokens):
+        ids_BT = padded(documents, batch)
+        tokens = [len(documents.tokens[place]) for place in batch]
+        hidden = readout.hidden(ids_BT)
+        real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor(tokens).unsqueeze(1) - 1
+        head_device = readout.head.weight.device
+        h_Td = hidden[:, :-1][real_BT.to(hidden.device)].to(head_device)
+        label_T = ids_BT[:, 1:][real_BT].to(head_device)
+        factors, loss_T = _readout_chunks(readout, h_Td, label_T, sketcher, losses)
+        positions = [n - 1 for n in tokens]
+        if sketcher is not None and factors is not None:
+            signatures.append(sketcher.signatures(factors, positions).cpu())
+        if loss_T is not None:
+            means.append(torch.stack([part.double().mean() for part in loss_T.split(positions)]).cpu())
+        if count is not None:
+            count(sum(tokens))
+    return Pass(
+        torch.cat(signatures).numpy() if sketcher is not None else None,
+        torch.cat(means).numpy() if losses else None,
+    )
+
+
+def _readout_chunks(
+    readout: Readout, h_Td: torch.Tensor, label_T: torch.Tensor, sketcher: Sketcher | None, losses: bool
+) -> tuple[Factors | None, torch.Tensor | None]:
+    """Factors and token losses of T positions, the logits of a bounded number of positions at a time."""
+    rows = max(1, LOGIT_BYTES.get(h_Td.device.type, 256 << 20) // (4 * readout.vocabulary))
+    factors: list[Factors] = []
+    nll: list[torch.Tensor] = []
+    for h_chunk, label_chunk in zip(h_Td.split(rows), label_T.split(rows), strict=True):
+        z_TV = readout.head.logits(h_chunk)
+        if losses:
+            nll.append(torch.nn.functional.cross_entropy(z_TV, label_chunk, reduction="none"))
+        if sketcher is not None:
+            factors.append(sketcher.factors(h_chunk, z_TV, label_chunk))
+    joined = None
+    if sketcher is not None:
+        joined = Factors(*(torch.cat([getattr(f, name) for f in factors]) for name in ("r_TR", "g_TG", "h_TH")))
+    return joined, torch.cat(nll) if losses else None

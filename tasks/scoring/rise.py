@@ -1,0 +1,145 @@
+"""SketchAggregate (Algorithm 2): from hidden states and logits to the signature of a document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tasks.scoring.config import SketchConfig
+from tasks.scoring.countsketch import CountSketch
+from tasks.scoring.readout import Head
+
+_BLOCK = 64
+"""Vocabulary entries a block of the two-step top-K."""
+
+
+def top_k(z_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits of every position, in descending order.
+
+    The k largest entries lie in the k blocks with the largest maxima, so the vocabulary is read once for the maxima
+    and only k blocks are searched. Which of several equal logits is taken is not defined.
+
+    Returns:
+        values and vocabulary indices, both (T, k).
+    """
+    positions, vocabulary = z_TV.shape
+    if vocabulary % _BLOCK or vocabulary < 4 * k * _BLOCK // 3:
+        values, index = z_TV.topk(k, dim=-1)
+        return values, index
+    blocks = z_TV.view(positions, -1, _BLOCK)
+    chosen = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
+    candidates = torch.gather(blocks, 1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK)).view(positions, -1)
+    values, place = candidates.topk(k, dim=-1)
+    return values, torch.gather(chosen, 1, place // _BLOCK) * _BLOCK + place % _BLOCK
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Sparse residuals r̃_t of T positions on C candidates; entries outside the support are zero."""
+
+    index_TC: torch.Tensor
+    """Vocabulary index of each candidate, by descending logit; the label is among them."""
+    value_TC: torch.Tensor
+    """r̃_t(v), float32."""
+
+
+def sparse_residuals(z_TV: torch.Tensor, label_T: torch.Tensor, config: SketchConfig, head: Head) -> Residuals:
+    """Lines 4–10 of Algorithm 2.
+
+    The label takes the place of the last candidate where it is not among the K_max largest. Its residual is the
+    negative sum of the others, which is p̃(y) − 1 without the cancellation.
+    """
+    z_TC, index_TC = top_k(z_TV, min(config.max_top, z_TV.shape[-1]))
+    is_label = index_TC == label_T.unsqueeze(-1)
+    missing = ~is_label.any(-1)
+    index_TC[missing, -1] = label_T[missing]
+    z_TC[missing, -1] = z_TV[missing, label_T[missing]]
+    is_label[missing, -1] = True
+    p_TC = torch.softmax(z_TC / config.tau, dim=-1)
+    before = p_TC.cumsum(-1) - p_TC
+    kept = before < config.rho_cum
+    kept[:, : config.min_top] = True
+    kept |= is_label
+    p_TC = p_TC * kept
+    p_TC = p_TC / p_TC.sum(-1, keepdim=True)
+    value_TC = p_TC.masked_fill(is_label, 0.0)
+    value_TC = torch.where(is_label, -value_TC.sum(-1, keepdim=True), value_TC)
+    slope = head.slope(z_TC)
+    return Residuals(index_TC, value_TC * slope)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Sketched factors of T positions, unit length; a position whose residual is zero has zero factors."""
+
+    r_TR: torch.Tensor
+    """r̂_t = CS_r(r̃_t) / ‖·‖."""
+    g_TG: torch.Tensor
+    """ĝ_t = CS_g(Wᵀ r̃_t) / ‖·‖."""
+    h_TH: torch.Tensor
+    """ĥ_t = CS_h(h_t) / ‖·‖, times ‖r̃_t‖^α."""
+
+
+class Sketcher:
+    """The three CountSketches of a head.
+
+    CS_g is linear, so CS_g(Wᵀ r̃) = r̃ᵀ (W S_g): the head is sketched once, and a position's projected error is a
+    weighted sum of K_g-wide rows instead of d-wide ones.
+    """
+
+    def __init__(self, head: Head, config: SketchConfig) -> None:
+        vocabulary, width = head.weight.shape
+        self.config, self.head = config, head
+        device = head.weight.device
+        residual = CountSketch(vocabulary, config.kr, seed=config.seed, family="residual")
+        hidden = CountSketch(width, config.kh, seed=config.seed, family="hidden")
+        error = CountSketch(width, config.kg, seed=config.seed, family="error")
+        self.bucket_V, self.sign_V = residual.tensors(device)
+        self.hidden_dH = torch.from_numpy(hidden.matrix()).to(device)
+        error_dG = torch.from_numpy(error.matrix()).to(device)
+        # A few thousand rows at a time: a float32 copy of a large head would not fit beside it.
+        self.head_VG = torch.cat([rows.float() @ error_dG for rows in head.weight.detach().split(8192)])
+
+    def factors(self, h_Td: torch.Tensor, z_TV: torch.Tensor, label_T: torch.Tensor) -> Factors:
+        """Lines 4–14 of Algorithm 2 for T positions."""
+        config = self.config
+        residuals = sparse_residuals(z_TV, label_T, config, self.head)
+        index_TC, value_TC = residuals.index_TC, residuals.value_TC
+        # Only the support is read: its few entries a position, one position after the other.
+        kept = value_TC != 0
+        counts_T = kept.sum(-1)
+        position, index, value = kept.nonzero()[:, 0], index_TC[kept], value_TC[kept]
+        r_TR = torch.zeros(len(value_TC) * config.kr, device=value.device)
+        r_TR.index_add_(0, position * config.kr + self.bucket_V[index], value * self.sign_V[index])
+        g_TG = torch.nn.functional.embedding_bag(
+            index, self.head_VG, counts_T.cumsum(0) - counts_T, per_sample_weights=value, mode="sum"
+        )
+        h_TH = _unit(h_Td.float() @ self.hidden_dH)
+        if config.alpha:
+            h_TH = h_TH * torch.linalg.vector_norm(value_TC, dim=-1, keepdim=True) ** config.alpha
+        return Factors(_unit(r_TR.view(-1, config.kr)), _unit(g_TG), h_TH)
+
+    def signatures(self, factors: Factors, lengths: list[int]) -> torch.Tensor:
+        """Lines 15–18 of Algorithm 2, and the unit length of Table 6 (normalize_sample).
+
+        Args:
+            factors: positions of the documents one after the other.
+            lengths: positions of each document.
+
+        Returns:
+            φ = [φ_RH; φ_GH] (N, D) float32; zero for a document with no position.
+        """
+        config = self.config
+        error_TE = torch.cat([config.lambda_rh * factors.r_TR, config.lambda_gh * factors.g_TG], dim=-1)
+        phi = [
+            (error.T @ hidden).flatten()
+            for error, hidden in zip(error_TE.split(lengths), factors.h_TH.split(lengths), strict=True)
+        ]
+        return _unit(torch.stack(phi)) if phi else error_TE.new_zeros(0, config.dimension)
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows at unit length; a zero row stays zero."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, 1.0)

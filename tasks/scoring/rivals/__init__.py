@@ -1,0 +1,1 @@
+"""What a user would take instead of RISE, behind the same interface (:mod:`tasks.scoring.methods`)."""

@@ -1,0 +1,117 @@
+"""The engine against Algorithm 2 written out, and its exact product against autograd, on every kind of head."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.scoring.batching import Tokenized, batches, padding_share
+from tasks.scoring.config import SketchConfig
+from tasks.scoring.engine import forward
+from tasks.scoring.readout import Readout
+from tasks.scoring.rise import Sketcher, sparse_residuals, top_k
+from tests.golden.heads import HEADS, VOCAB, build, reference_signature
+
+SKETCH = SketchConfig(kr=16, kh=6, kg=12, max_top=40)
+
+
+def documents(count: int = 7, seed: int = 3) -> Tokenized:
+    rng = np.random.default_rng(seed)
+    tokens = sorted((tuple(rng.integers(2, VOCAB, rng.integers(3, 24)).tolist()) for _ in range(count)), key=len)
+    return Tokenized(tuple(f"d{i}" for i in range(count)), tuple(tokens))
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("config", [SKETCH, SKETCH.model_copy(update={"alpha": 1.0, "tau": 1.5, "rho_cum": 0.5})],
+                         ids=["table 6", "weighted, warmer, shorter"])  # fmt: skip
+def test_engine_is_algorithm_2(name: str, config: SketchConfig) -> None:
+    model, docs = build(name), documents()
+    readout = Readout(model, name)
+    made = forward(readout, docs, range(len(docs)), batch_tokens=64, sketcher=Sketcher(readout.head, config))
+    expected = np.stack([reference_signature(model, list(tokens), config) for tokens in docs.tokens])
+    assert made.signatures is not None
+    np.testing.assert_allclose(made.signatures, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_unsketched_product_is_the_head_gradient(name: str) -> None:
+    """Σ_t r_t ⊗ h_t over the whole vocabulary equals ∇_W Σ_t ℓ_t (Lemma C.1), so the product of two documents does."""
+    model = build(name)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # untied: only the path through the head counts
+    readout = Readout(model, name)
+    whole = SketchConfig(max_top=VOCAB, rho_cum=1.0)
+    gradients, outers = [], []
+    for tokens in documents(3).tokens:
+        ids = torch.tensor([tokens])
+        model.zero_grad()
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+        gradients.append(head.weight.grad.double().flatten().clone())
+        h_Td = readout.hidden(ids)[0, :-1].clone()
+        residuals = sparse_residuals(readout.head.logits(h_Td), ids[0, 1:], whole, readout.head)
+        r_TV = torch.zeros(len(h_Td), VOCAB).scatter_(1, residuals.index_TC, residuals.value_TC.detach())
+        outers.append((r_TV.T.double() @ h_Td.double()).flatten())
+    exact, ours = torch.stack(gradients), torch.stack(outers)
+    scale = (exact @ exact.T).abs().max()
+    torch.testing.assert_close(ours @ ours.T / scale, exact @ exact.T / scale, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [24, 100, 1000])
+def test_scores_do_not_depend_on_the_batch(batch_tokens: int) -> None:
+    model, docs = build("llama tied"), documents(20)
+    readout = Readout(model, "llama")
+    sketcher = Sketcher(readout.head, SKETCH)
+    alone = [forward(readout, docs, range(i, i + 1), batch_tokens=1, sketcher=sketcher, losses=True)
+             for i in range(len(docs))]  # fmt: skip
+    together = forward(readout, docs, range(len(docs)), batch_tokens=batch_tokens, sketcher=sketcher, losses=True)
+    assert together.signatures is not None
+    assert together.losses is not None
+    np.testing.assert_allclose(together.signatures, np.concatenate([one.signatures for one in alone]), atol=1e-5)
+    np.testing.assert_allclose(together.losses, np.concatenate([one.losses for one in alone]), rtol=1e-5)
+
+
+def test_losses_are_the_models() -> None:
+    model, docs = build("gpt-neox"), documents(3)
+    made = forward(Readout(model, "gpt-neox"), docs, range(3), batch_tokens=1000, losses=True)
+    for tokens, loss in zip(docs.tokens, made.losses, strict=True):
+        ids = torch.tensor([tokens])
+        assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 64])
+def test_top_k_by_blocks_is_top_k(k: int) -> None:
+    z_TV = torch.randn(50, 64 * 200)
+    values, index = top_k(z_TV, k)
+    expected, _ = z_TV.topk(k, dim=-1)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0)
+    torch.testing.assert_close(z_TV.gather(1, index), expected, rtol=0, atol=0)
+
+
+def test_a_document_of_one_token_has_a_zero_signature_and_no_loss() -> None:
+    model = build("llama tied")
+    readout = Readout(model, "llama")
+    docs = Tokenized(("a", "b"), ((5,), (6, 7, 8)))
+    made = forward(readout, docs, range(2), batch_tokens=100, sketcher=Sketcher(readout.head, SKETCH), losses=True)
+    assert not made.signatures[0].any()
+    assert np.isnan(made.losses[0])
+    assert np.linalg.norm(made.signatures[1]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_model_that_sees_ahead_is_refused() -> None:
+    from tasks.common.errors import InputError
+
+    model = build("llama tied")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(InputError, match="not causal"):
+        Readout(model, "bidirectional")
+
+
+def test_batches_keep_the_budget_and_cover_everything() -> None:
+    docs = documents(200, seed=5)
+    plan = batches(docs, range(len(docs)), 128)
+    assert [place for batch in plan for place in batch] == list(range(len(docs)))
+    assert all(len(batch) * len(docs.tokens[batch[-1]]) <= 128 for batch in plan)
+    assert padding_share(docs, plan) < 0.05
