@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-CALIBRATION_PATTERN = r"^(none|center|power:(0?\.\d+|1(\.0*)?))$"
-"""``none``, ``center``, or ``power:P`` with 0 < P ≤ 1."""
-
 Signatures = NDArray[np.float32]
 
 
@@ -43,7 +40,7 @@ class Calibration:
 
 
 def fit(name: str, blocks: Iterable[Signatures]) -> Calibration:
-    """Fit a calibration by its name (:data:`CALIBRATION_PATTERN`) in one pass over blocks (n, D) of the pool."""
+    """Fit a calibration by its name (``RiseConfig.calibration``) in one pass over blocks (n, D) of the pool."""
     if name == "none":
         return Calibration(1.0, None)
     power = float(name.removeprefix("power:")) if name.startswith("power:") else 1.0

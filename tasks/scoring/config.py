@@ -8,9 +8,12 @@ from pydantic import Field
 
 from tasks.common.config import Config
 from tasks.common.models import Precision
-from tasks.scoring.calibration import CALIBRATION_PATTERN
 
-IndexType = Literal["fp32", "fp16", "int8", "bit"]
+IndexType = Literal["fp32", "fp16"]
+"""How a signature's values are stored."""
+
+CALIBRATION_PATTERN = r"^(none|center|power:(0?\.\d+|1(\.0*)?))$"
+"""``none``, ``center``, or ``power:P`` with 0 < P ≤ 1."""
 
 
 class ScorerConfig(Config):
@@ -126,7 +129,7 @@ class RiseConfig(_Method):
     """Sketch dimensions, channel weights and support."""
     calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
     """none, center, or power:P (signed power P, then centre); fitted on the pool alone."""
-    index_type: Literal["fp32", "fp16"] = "fp16"
+    index_type: IndexType = "fp16"
     """Type of the stored signatures; the paper's sizes are those of fp16."""
 
 

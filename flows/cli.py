@@ -1,0 +1,143 @@
+"""The command line: ``rise …``. Thin over the flows and the stages; heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tasks.common.errors import InputError
+
+FILE = click.Path(path_type=Path)
+METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="rise-curation")
+def rise() -> None:
+    """Decide what to train on: influence scores from one forward pass, and the closed loop that tests them."""
+
+
+@rise.command()
+@click.argument("conf", type=FILE)
+@click.option("--out", type=FILE, help="Directory of the run; default runs/NAME of the configuration.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Override a field of the configuration.")
+@click.option("--refresh", multiple=True, metavar="STAGE",
+              help="Make a stage again: pool, scoring, selection, pretraining, evaluation, reporting.")  # fmt: skip
+def run(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tuple[str, ...]) -> None:
+    """Run the closed loop of CONF: pool, score, select, pretrain, evaluate, report.
+
+    Called again with the same CONF and directory, it goes on where it stopped.
+    """
+    from flows.config import STAGES, load
+
+    for stage in refresh:
+        if stage not in STAGES:
+            raise InputError(f"--refresh {stage}: no such stage; there are {', '.join(STAGES)}")
+    config = load(conf, settings)
+    directory = out or Path("runs") / config.name
+    _quiet_prefect()
+    from flows.closed_loop import closed_loop
+    from flows.rundir import check_claim
+
+    check_claim(directory, config)
+    print(f"{config.name}: running in {directory}", file=sys.stderr)
+    digest = closed_loop(config, str(directory), refresh)
+    from tasks.reporting.table import results_table
+
+    print(results_table(directory / "study.duckdb"))
+    print(f"\nreport: {directory / 'report.html'}\ndigest: {digest}")
+
+
+def _quiet_prefect() -> None:
+    """Keep Prefect's log out of the terminal; it goes to its server, where the UI shows it."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+@rise.command()
+@click.option("--model", default=None, help="Directory, hub id, or pypi:NAME==VERSION/MEMBER.")
+@click.option("--pool", required=True, type=FILE, help="JSONL, JSON or Parquet with text; optional id, label, source.")
+@click.option("--queries", type=FILE, help="Documents that say what is wanted; same formats.")
+@click.option("--out", required=True, type=FILE, help="Parquet to write: doc_id, score, rank.")
+@click.option("--per-query", type=FILE, help="Parquet to write as well: query_id, doc_id, score.")
+@click.option("--method", type=click.Choice(METHODS), default="rise", show_default=True)
+@click.option("--calibration", default="none", show_default=True, help="none, center, or power:P; fitted on the pool.")
+@click.option("--alpha", type=float, default=0.0, show_default=True, help="Weight of a position: its residual's norm "
+              "to this power.")  # fmt: skip
+@click.option("--kr", type=int, default=128, show_default=True, help="Sketch width of the residual.")
+@click.option("--kh", type=int, default=24, show_default=True, help="Sketch width of the hidden state.")
+@click.option("--kg", type=int, default=128, show_default=True, help="Sketch width of the projected error.")
+@click.option("--lambda-rh", type=float, default=0.7, show_default=True, help="Weight of the lexical channel.")
+@click.option("--lambda-gh", type=float, default=1.0, show_default=True, help="Weight of the semantic channel.")
+@click.option("--max-length", type=int, default=512, show_default=True, help="Tokens read of a document.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Seed of the hashes, or of the random method.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True,
+              help="Type in which signatures are kept.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+              help="Arithmetic of the model; auto is bfloat16 where the processor has it.")  # fmt: skip
+@click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+def score(**options: Any) -> None:
+    """Score a pool of documents against a set of queries.
+
+    With --calibration none and --alpha 0 RISE is the paper's Algorithm 1 and 2 to the letter.
+    """
+    from flows.scoring import score_files
+
+    print(score_files(**options))
+
+
+@rise.command()
+@click.argument("directory", type=FILE)
+@click.option("--no-text", is_flag=True, help="Leave out example documents: a copy that can be published.")
+@click.option("--out", type=FILE, help="File to write; default report.html in the run's directory.")
+def report(directory: Path, no_text: bool, out: Path | None) -> None:
+    """Make the report of a run again from its ledger."""
+    from tasks.reporting.run import report_run
+
+    print(report_run(directory, excerpts=not no_text, out=out))
+
+
+@rise.command()
+@click.argument("directory", type=FILE, required=False)
+def status(directory: Path | None) -> None:
+    """Show the stages of the run in DIRECTORY, or all runs below runs/."""
+    from flows.status import status_lines
+
+    print("\n".join(status_lines(directory)))
+
+
+def main() -> None:
+    """Entry point: exit 0 on success, 2 with one line on a usage or input error, 1 with one line on a failure."""
+    try:
+        rise.main(standalone_mode=False)
+    except InputError as error:
+        _end(2, str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        _end(2, " ".join(error.format_message().split()))
+    except (click.Abort, KeyboardInterrupt):
+        _end(130, "interrupted; what is whole is kept, the same command goes on")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(2, f"{where}{error.strerror or error}; what is whole is kept, the same command goes on")
+    except Exception as error:
+        if os.environ.get("RISE_TRACEBACK"):
+            raise
+        _end(1, f"{type(error).__name__}: {' '.join(str(error).split())} (RISE_TRACEBACK=1 shows where)")
+
+
+def _end(status: int, line: str) -> None:
+    print(f"rise: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

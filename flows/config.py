@@ -1,0 +1,73 @@
+"""Configuration of the closed loop: every stage's own configuration, put together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from tasks.common.config import Config, apply_setting, parse, read_yaml
+from tasks.evaluation.config import EvaluationConfig
+from tasks.pool.config import PoolConfig
+from tasks.pretraining.config import PretrainingConfig
+from tasks.scoring.config import MethodConfig, ScorerConfig
+from tasks.selection.config import SelectionConfig
+
+STAGES = ("pool", "scoring", "selection", "pretraining", "evaluation", "reporting")
+"""The stages in pipeline order, as ``--refresh`` names them."""
+BASE, ORACLE = "base", "oracle"
+"""Arms every run may have beside its methods: the untrained trainee, and training on labels known."""
+
+
+class ClosedLoopConfig(Config):
+    """The closed loop: pool → score → select → pretrain → evaluate → report, one arm a method."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Name of the run; it stands in ``runs/NAME`` unless ``--out`` says otherwise."""
+    title: str = "Closed loop"
+    """Heading of the report."""
+    seed: int = Field(42, ge=0)
+    """Seed of the pool's draw."""
+    pool: PoolConfig
+    """Stage 1."""
+    scorer: ScorerConfig
+    """Stage 2: the model that scores."""
+    arms: dict[str, MethodConfig] = Field(min_length=1)
+    """Stage 2: arm → method; every arm is scored, selected, trained and evaluated."""
+    oracle: bool = True
+    """Also train on documents of the wanted label alone: the upper bound."""
+    base: bool = True
+    """Also evaluate the trainee untrained."""
+    selection: SelectionConfig = SelectionConfig()
+    """Stage 3."""
+    pretraining: PretrainingConfig
+    """Stage 4a."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Stage 4b."""
+
+    @model_validator(mode="after")
+    def _arms_fit(self) -> Self:
+        for arm in self.arms:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", arm):
+                raise ValueError(f"the arm {arm!r} is not a plain lower-case name")
+            if arm in (BASE, ORACLE):
+                raise ValueError(f"the name {arm!r} is taken by an arm of its own (see base and oracle)")
+        if self.selection.k is not None and self.selection.k > self.pool.size:
+            raise ValueError(f"selection.k {self.selection.k} is larger than the pool of {self.pool.size} documents")
+        if self.selection.positive not in self.pool.labels:
+            raise ValueError(f"selection.positive {self.selection.positive!r} is no label of the pool's sources")
+        return self
+
+
+def load(path: Path, settings: tuple[str, ...] = ()) -> ClosedLoopConfig:
+    """Read a configuration and apply ``a.b=value`` settings.
+
+    Raises:
+        InputError: naming the file and the field.
+    """
+    values: dict[str, Any] = read_yaml(path)
+    for setting in settings:
+        apply_setting(values, setting)
+    return parse(ClosedLoopConfig, values, path)

@@ -1,0 +1,73 @@
+"""``rise score``: files in, a ranking out, without the rest of the loop."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tasks.common.config import parse
+from tasks.common.errors import InputError
+from tasks.common.files import sha256_file, sha256_json
+from tasks.common.models import locate
+from tasks.pool.documents import read_documents, write_documents
+from tasks.scoring.config import METHODS, RiseConfig, ScorerConfig
+
+WITHOUT_QUERIES = {"random", "length", "perplexity"}
+WITHOUT_MODEL = {"random", "bm25", "embedding"}
+
+
+def score_files(
+    *, model: str | None, pool: Path, queries: Path | None, out: Path, per_query: Path | None, method: str,
+    calibration: str, alpha: float, kr: int, kh: int, kg: int, lambda_rh: float, lambda_gh: float, max_length: int,
+    seed: int, dtype: str, precision: str, on_bad_row: Any,
+) -> str:  # fmt: skip
+    """Score the documents of ``pool`` and write ``out``; what a killed call finished is used by the next.
+
+    Returns:
+        One line that says what was done.
+
+    Raises:
+        InputError: a file, the model or an option cannot be used.
+    """
+    from tasks.scoring.methods import Request, score_pool, write_scores
+
+    if model is None and method not in WITHOUT_MODEL:
+        raise InputError(f"--model is needed by --method {method}")
+    if queries is None and method not in WITHOUT_QUERIES:
+        raise InputError(f"--queries is needed by --method {method}")
+    if per_query is not None and method in WITHOUT_QUERIES:
+        raise InputError(f"--per-query: the method {method} looks at no query")
+    sketch = {"kr": kr, "kh": kh, "kg": kg, "lambda_rh": lambda_rh, "lambda_gh": lambda_gh, "alpha": alpha,
+              "seed": seed}  # fmt: skip
+    given: dict[str, Any] = {"rise": {"sketch": sketch, "calibration": calibration, "index_type": dtype},
+                             "random": {"seed": seed}}.get(method, {})  # fmt: skip
+    config = parse(METHODS[method], given, "options")
+    if isinstance(config, RiseConfig) and lambda_rh == lambda_gh == 0:
+        raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
+    scorer = parse(ScorerConfig, {"model": model or "none", "max_length": max_length, "precision": precision},
+                   "options")  # fmt: skip
+    if out.is_dir():
+        raise InputError("is a directory; name a file to write", file=out)
+    documents = read_documents(pool, on_bad_row=on_bad_row)
+    wanted = None if queries is None else read_documents(queries, on_bad_row=on_bad_row)
+    key = sha256_json([config.plain(), scorer.plain(), sha256_file(pool), sha256_file(queries) if queries else None,
+                       locate(model).digest if model else None, on_bad_row])  # fmt: skip
+    work = out.parent / f".{out.name}.{key[:16]}.work"
+    for old in out.parent.glob(f".{out.name}.*.work"):
+        if old != work:
+            shutil.rmtree(old)
+    work.mkdir(parents=True, exist_ok=True)
+    write_documents(work / "pool.parquet", documents.table)
+    if wanted is not None:
+        write_documents(work / "queries.parquet", wanted.table)
+    scores = score_pool(config, Request(work / "pool.parquet", work / "queries.parquet", scorer, work))
+    write_scores(scores, out, per_query=per_query)
+    shutil.rmtree(work)
+    skipped = len(documents.skipped) + (len(wanted.skipped) if wanted else 0)
+    for row in [*documents.skipped, *(wanted.skipped if wanted else [])]:
+        import sys
+
+        print(f"skipped: {row.file}, row {row.row}, field {row.field}: {row.problem}", file=sys.stderr)
+    note = f"; {skipped} bad rows skipped" if skipped else ""
+    return f"{len(scores.doc_ids)} documents scored by {method} into {out}{note}"

