@@ -202,13 +202,18 @@ def load_causal_lm(
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            located.path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            located.path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"cannot be loaded as a causal language model ({_first_line(error)})", file=located.spec
         ) from None
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers would draw them at random and only warn.
+        raise InputError(f"is no whole causal language model: its weights lack {missing[0]}"
+                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""), file=located.spec)
     if model.get_output_embeddings() is None:
         raise InputError("the model has no LM head (get_output_embeddings() is None)", file=located.spec)
     if device_map is None:

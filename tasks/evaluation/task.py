@@ -18,6 +18,8 @@ def prepare(config: EvaluationConfig, trainee: str, revision: str | None, direct
             refresh: bool = False) -> Any:  # fmt: skip
     """ARC-Challenge questions and RULER-CWE prompts, the same for every arm."""
     located = locate(trainee, revision=revision)
+    if config.ruler_cwe is not None and config.ruler_cwe.tokenizer is not None:
+        located = locate(config.ruler_cwe.tokenizer)
     return settle(run_stage(
         Path(directory), stage="evaluation", method="prompts", version=preparation.VERSION, refresh=refresh,
         config=config.model_dump(mode="json", include={"arc", "ruler_cwe", "seed"}),

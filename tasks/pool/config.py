@@ -34,7 +34,8 @@ class SourceConfig(Config):
     """Field of the hub data set that holds the text."""
     unit: Unit = "passage"
     """``passage``: a text up to the last sentence end within max_words; ``sentence``: runs of 1 to ``join``
-    consecutive sentences; ``thread``: runs of 1 to ``join`` consecutive texts, a line each."""
+    consecutive sentences; ``thread``: runs of 1 to ``join`` consecutive texts, parted by a blank (a line break would
+    tell threads from passages)."""
     join: int = Field(default=1, ge=1, le=1_000)
     """Longest run of sentences or texts in one document; runs of 1, 2, … ``join`` are made by turns."""
     min_words: int = Field(default=1, ge=1)

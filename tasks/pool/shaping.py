@@ -23,8 +23,8 @@ class Shaper:
 
     ``passage``: each text, from its beginning to the last sentence end within ``max_words``.
     ``sentence``: runs of consecutive sentences of a text, 1, 2, … ``join`` of them by turns.
-    ``thread``: runs of consecutive texts, 1, 2, … ``join`` of them by turns, a line each: a feed as a scraper finds
-    it.
+    ``thread``: runs of consecutive texts, 1, 2, … ``join`` of them by turns, parted by a blank: a feed as a
+    scraper finds it.
 
     Texts (``passage``, ``thread``) and sentences (``sentence``) that the source had before, but for case, are left
     out before they are joined.
@@ -57,7 +57,7 @@ class Shaper:
     def _units(self, texts: Iterable[str]) -> Iterator[tuple[str, int]]:
         if self._unit == "thread":
             for number, run in enumerate(_runs(self._new(texts), self._join)):
-                yield "\n".join(run), number
+                yield " ".join(run), number
         elif self._unit == "passage":
             for number, text in enumerate(self._new(texts)):
                 yield _cut(text, self._max_words), number

@@ -6,6 +6,8 @@ state of the random numbers. The file is safetensors (nothing is unpickled) and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,21 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """State of AdamW for one parameter: first and second moment (the parameter's shape), and its number of updates."""
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Around a writing of safetensors, which tells a full disk by an error of its own.
+
+    Raises:
+        InputError: naming ``place``.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"cannot be written ({error})", file=place) from None
 
 
 class Checkpoint:
@@ -47,7 +64,7 @@ class Checkpoint:
             tensors[f"model/{name}"] = parameter.detach()
             for moment, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{moment}/{name}"] = value
-        with whole_file(self._file) as part:
+        with writing(self._file), whole_file(self._file) as part:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, {"key": self._key})
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -61,15 +61,16 @@ def _read(path: Path) -> dict[str, str]:
     import pyarrow.parquet as pq
 
     try:
+        names = pq.read_schema(path).names
+        for name in ("doc_id", "text"):
+            if name not in names:
+                raise InputError("no such column", file=path, field=name)
         table = pq.read_table(path, columns=["doc_id", "text"])
     except FileNotFoundError:
         raise InputError("no such file of selected documents", file=path) from None
     except pa.ArrowInvalid as error:
         raise InputError(f"not a Parquet file that can be read ({str(error).splitlines()[0]})", file=path) from None
     texts: dict[str, str] = {}
-    for name in ("doc_id", "text"):
-        if name not in table.column_names:
-            raise InputError("no such column", file=path, field=name)
     columns = (table.column("doc_id").to_pylist(), table.column("text").to_pylist())
     for row, (doc_id, text) in enumerate(zip(*columns, strict=True), start=1):
         for name, value in (("doc_id", doc_id), ("text", text)):

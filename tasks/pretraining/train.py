@@ -22,7 +22,7 @@ from tasks.common.errors import InputError
 from tasks.common.files import sha256_json, whole_file, write_json
 from tasks.common.models import Located, load_causal_lm, load_tokenizer, locate, torch_dtype
 from tasks.common.progress import Progress, Report
-from tasks.pretraining.checkpoint import Checkpoint
+from tasks.pretraining.checkpoint import Checkpoint, writing
 from tasks.pretraining.config import PretrainingConfig
 from tasks.pretraining.data import Corpus, batch, padded, pieces, read_corpus, steps_per_epoch
 
@@ -83,7 +83,6 @@ class Run:
 
     config: PretrainingConfig
     located: Located
-    tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
 
     @property
@@ -129,8 +128,7 @@ def prepare(config: PretrainingConfig, documents: Path) -> Run:
             f"max_length {config.max_length} is more than the model's {positions} positions; lower it",
             file=config.model, field="max_length",
         )
-    tokenizer = load_tokenizer(located)
-    return Run(config, located, tokenizer, read_corpus(documents, tokenizer, config.max_length))
+    return Run(config, located, read_corpus(documents, load_tokenizer(located), config.max_length))
 
 
 def train_here(run: Run, out: Path, *, report: Report | None = None) -> None:
@@ -144,7 +142,7 @@ def train_here(run: Run, out: Path, *, report: Report | None = None) -> None:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())  # before loading: it picks this process's device
         bare = load_causal_lm(run.located, dtype=torch.float32).train()
         if config.gradient_checkpointing:
-            bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            bare.activation_checkpointing_enable({"use_reentrant": False})
         adamw = torch.optim.AdamW(
             bare.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -164,7 +162,7 @@ def train_here(run: Run, out: Path, *, report: Report | None = None) -> None:
                     checkpoint.save(bare, adamw, losses)
                 add(1)
         if accelerator.is_main_process:
-            _save_model(bare, run.tokenizer, out / MODEL)
+            _save_model(bare, load_tokenizer(run.located), out / MODEL)  # a new one: used, it would keep its truncation
             _write_timings(run, begun, time.perf_counter() - started, out / TIMINGS)
             _write_history(run, losses, learning_rate, out / HISTORY)  # last: it says that the run is finished
         accelerator.wait_for_everyone()
@@ -270,7 +268,8 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plac
     part = place.with_name(place.name + ".part")
     for leftover in (part, place):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(part)
+    with writing(place):
+        model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     os.replace(part, place)
 

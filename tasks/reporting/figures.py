@@ -158,7 +158,7 @@ def _scores(con: duckdb.DuckDBPyConnection, results: Results, _: _Pens) -> Any:
         ).fetchnumpy()
         scores, positive = columns["score"], columns["positive"].astype(bool)
         low, high = np.quantile(scores, (0.005, 0.995))
-        edges = np.linspace(low, high, 37) if low < high else np.array([low - 0.5, low + 0.5])
+        edges = np.linspace(low, high, 29) if low < high else np.array([low - 0.5, low + 0.5])
         for chosen, colour in ((~positive, NEGATIVE), (positive, POSITIVE)):
             if chosen.any():
                 counts = np.histogram(np.clip(scores[chosen], edges[0], edges[-1]), edges)[0] / chosen.sum()

@@ -134,8 +134,8 @@ def _ranking(con: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
 def _documents(con: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
     """Documents a source and label, by split."""
     return rows(con, """
-        SELECT source, label, count(*) FILTER (split = 'pool') AS pool, count(*) FILTER (split = 'query') AS query,
-               count(*) FILTER (split NOT IN ('pool', 'query')) AS heldout
+        SELECT source, label, count(*) FILTER (split = 'pool') AS pool, count(*) FILTER (split = 'queries') AS queries,
+               count(*) FILTER (split NOT IN ('pool', 'queries')) AS heldout
         FROM documents GROUP BY source, label ORDER BY label NULLS LAST, pool DESC, source
     """)  # fmt: skip
 

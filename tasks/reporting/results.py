@@ -1,15 +1,14 @@
-"""Table 4 of a study, from its ledger: for the report, the terminal, Prefect's artifacts and ``results.json``."""
+"""Table 4 of a study, read from its ledger."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.reporting.paper import SOURCE, TABLE_4
-from tasks.selection.ledger import open_ledger, rows, scalar
+from tasks.selection.ledger import rows, scalar
 
 if TYPE_CHECKING:
     import duckdb
@@ -145,8 +144,8 @@ def gather(con: duckdb.DuckDBPyConnection) -> Results:
         """).fetchall()
     ]  # fmt: skip
     estimates = {name: _estimates(con, name) for name in names}
-    control = f"perplexity_{positive}"
-    ends = [estimates[end].get(control) if end in estimates else None for end in (RANDOM, ORACLE)]
+    control = {name: found[f"perplexity_{positive}"].value for name, found in estimates.items()
+               if f"perplexity_{positive}" in found}  # fmt: skip
     arms = []
     for name in [*names, *(name for name in TABLE_4 if name not in names)]:
         paper_name, paper_row = TABLE_4.get(name, (None, ()))
@@ -154,11 +153,10 @@ def gather(con: duckdb.DuckDBPyConnection) -> Results:
             column.key: value for column in columns
             if column.paper is not None and paper_row and (value := paper_row[column.paper]) is not None
         }  # fmt: skip
-        found = estimates.get(name, {})
-        own, (random, oracle) = found.get(control), ends
-        comparable = own and random and oracle and name != BASE
-        gain = gain_share(own.value, random.value, oracle.value) if comparable else None
-        arms.append(Arm(name, found, gain, paper_name, paper))
+        gain = None
+        if name != BASE and {name, RANDOM, ORACLE} <= control.keys():
+            gain = gain_share(control[name], control[RANDOM], control[ORACLE])
+        arms.append(Arm(name, estimates.get(name, {}), gain, paper_name, paper))
     return Results(
         columns=columns,
         arms=tuple(arms),
@@ -226,86 +224,3 @@ def plain(results: Results) -> dict[str, Any]:
         "confidence": results.confidence,
         "pool": {"documents": results.documents, "positives": results.positives, "selected": results.selected},
     }
-
-
-def results_table(ledger: Path) -> str:
-    """The results table as plain text of at most 100 columns, the paper's figures below ours.
-
-    Raises:
-        InputError: there is no ledger to read.
-    """
-    with open_ledger(ledger) as con:
-        results = gather(con)
-    head = ["method", *(f"{column.short} {column.arrow}" for column in results.columns), "oracle's gain"]
-    body = [
-        [
-            _clean(arm.name, 16),
-            *(column.show_half(arm.estimates[column.key]) if column.key in arm.estimates else NOTHING
-              for column in results.columns),
-            _gain(arm),
-        ]
-        for arm in measured(results)
-    ]  # fmt: skip
-    paper = [
-        [
-            _clean(arm.paper_name, 16),
-            *(column.show_paper(arm.paper[column.key]) if column.key in arm.paper else NOTHING
-              for column in results.columns),
-            "",
-        ]
-        for arm in results.arms if arm.paper_name
-    ]  # fmt: skip
-    widths = [max(len(row[place]) for row in [head, *body, *paper]) for place in range(len(head))]
-    ruler = "  ".join("─" * width for width in widths)
-    lines = [_line(head, widths), ruler, *(_line(row, widths) for row in body), ruler]
-    lines += ["the paper, Table 4 (32B scorer, pool of 50,000, Pythia-1B)", *(_line(row, widths) for row in paper)]
-    lines.append("± is half the width of the interval; oracle's gain: see the report")
-    return "\n".join(line[:100].rstrip() for line in lines) + "\n"
-
-
-def results_markdown(ledger: Path) -> str:
-    """The results table as a Markdown table with intervals, for Prefect's artifacts.
-
-    Raises:
-        InputError: there is no ledger to read.
-    """
-    with open_ledger(ledger) as con:
-        results = gather(con)
-    head = ["Method", *(f"{_escape(column.title)} {column.arrow}" for column in results.columns), "Oracle's gain"]
-    lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
-    for arm in measured(results):
-        cells = [
-            " ".join((column.show(estimate.value), *(f"({found})" for found in [column.show_range(estimate)] if found)))
-            if (estimate := arm.estimates.get(column.key)) else NOTHING
-            for column in results.columns
-        ]  # fmt: skip
-        lines.append(_row([_escape(_clean(arm.name, 60)), *cells, _gain(arm)]))
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    first, *others = (
-        cell.ljust(width) if place == 0 else cell.rjust(width)
-        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *others])
-
-
-def _gain(arm: Arm) -> str:
-    return NOTHING if arm.gain is None else signed_percent(arm.gain)
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _clean(name: str | None, width: int) -> str:
-    """A name for the terminal: no control characters (they steer it), and no wider than ``width``."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in name or "")
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _escape(text: str) -> str:
-    """Text without a meaning in Markdown or HTML: every mark becomes an entity or is escaped."""
-    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "|": "&#124;"}
-    return "".join(entities.get(letter, f"\\{letter}" if letter in "\\`*_{}[]()#+!~$" else letter) for letter in text)

@@ -111,9 +111,10 @@ def _build_shards(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     model = load_causal_lm(located, dtype=torch_dtype(scorer.precision), device_map=scorer.device_map)
     readout = Readout(model, located.spec)
-    if readout.positions is not None and scorer.max_length > readout.positions:
-        raise InputError(f"the scorer has {readout.positions} positions, fewer than max_length {scorer.max_length}",
-                         file=located.spec, field="max_length")  # fmt: skip
+    longest = len(tokenized.tokens[-1])
+    if readout.positions is not None and longest > readout.positions:
+        raise InputError(f"the scorer has {readout.positions} positions, a document {longest} tokens; cut documents at "
+                         f"{readout.positions}", file=located.spec, field="max_length")  # fmt: skip
     sketcher = Sketcher(readout.head, sketch) if sketch else None
     sizes = [sum(len(tokenized.tokens[place]) for place in shard) for shard in plan]
     done = sum(sizes) - sum(sizes[number] for number in numbers)

@@ -293,14 +293,18 @@ def open_ledger(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         con.close()
 
 
-def rows(con: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+Parameters = Sequence[Any] | Mapping[str, Any]
+"""Values of a query: for ? in turn, or for $name by name."""
+
+
+def rows(con: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters = ()) -> list[dict[str, Any]]:
     """The rows of a query as dictionaries."""
     con.execute(sql, parameters)
     names = [column[0] for column in con.description or ()]
     return [dict(zip(names, values, strict=True)) for values in con.fetchall()]
 
 
-def scalar(con: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
+def scalar(con: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters = ()) -> Any:
     """The single value of a query, or None where it has no row."""
     row = con.execute(sql, parameters).fetchone()
     return None if row is None else row[0]

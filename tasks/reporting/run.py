@@ -1,0 +1,71 @@
+"""The report of a run's directory: the ledger, and the facts that the run wrote beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tasks.common.config import read_yaml
+from tasks.common.errors import InputError
+from tasks.common.files import read_json
+from tasks.reporting.report import Facts, write_report
+
+LEDGER, CONFIG, MANIFEST = "study.duckdb", "config.yaml", "manifest.json"
+REPORT, RESULTS = "report.html", "results.json"
+
+
+def report_run(directory: Path, *, excerpts: bool = True, out: Path | None = None) -> Path:
+    """Write the report of a finished run, and its results as ``results.json`` where ``out`` is not given.
+
+    Args:
+        directory: the run: ledger, resolved configuration, manifest and the stages' folders.
+        excerpts: show a few documents of the pool an arm.
+        out: the HTML file; None is ``report.html`` in the run's directory.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        InputError: the directory holds no finished run.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise InputError("holds no finished run; `rise run` with the same --out finishes one", file=directory)
+    config = read_yaml(directory / CONFIG)
+    report = out or directory / REPORT
+    write_report(
+        directory / LEDGER, config, _facts(directory, config), report,
+        results_out=None if out else directory / RESULTS, excerpts=excerpts,
+    )  # fmt: skip
+    return report
+
+
+def _facts(directory: Path, config: dict[str, Any]) -> Facts:
+    manifest = read_json(directory / MANIFEST)
+    around = manifest["surroundings"]
+    program, _, arguments = around["command"].partition(" ")
+    hardware = {name: ", ".join(value) if isinstance(value, list) else value
+                for name, value in around["machine"].items()}  # fmt: skip
+    card = directory / "pool" / "card.json"
+    facts = Facts(
+        date=around["date"],
+        command=f"{Path(program).name} {arguments}",  # where a program is installed says nothing about a run
+        hardware={name.replace("_", " "): value for name, value in hardware.items() if value},
+        versions={"python": around["python"], **around["versions"]},
+        digests={"run": manifest["digest"], "ledger": manifest["ledger"]},
+        sources=read_json(card)["sources"] if card.is_file() else {},
+        notes=_notes(directory),
+    )
+    if around["commit"]:
+        facts["commit"] = around["commit"]
+    if config.get("title"):
+        facts["title"] = config["title"]
+    return facts
+
+
+def _notes(directory: Path) -> list[str]:
+    """What the stages want a reader to know, each note once."""
+    notes: dict[str, None] = {}
+    for file in sorted(directory.glob("*/*/notes.json")):
+        for note in read_json(file):
+            notes[note if isinstance(note, str) else f"{note['metric']}: {note['note']}"] = None
+    return list(notes)
