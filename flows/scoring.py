@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tasks.common.errors import InputError
 from tasks.common.files import sha256_file, sha256_json
 from tasks.common.models import locate
 from tasks.pool.documents import read_documents, write_documents
-from tasks.scoring.config import METHODS, RiseConfig, ScorerConfig
+from tasks.scoring.config import METHODS, MethodConfig, RiseConfig, ScorerConfig
 
 WITHOUT_QUERIES = {"random", "length", "perplexity"}
 WITHOUT_MODEL = {"random", "bm25", "embedding"}
@@ -40,9 +41,12 @@ def score_files(
         raise InputError(f"--per-query: the method {method} looks at no query")
     sketch = {"kr": kr, "kh": kh, "kg": kg, "lambda_rh": lambda_rh, "lambda_gh": lambda_gh, "alpha": alpha,
               "seed": seed}  # fmt: skip
-    given: dict[str, Any] = {"rise": {"sketch": sketch, "calibration": calibration, "index_type": dtype},
-                             "random": {"seed": seed}}.get(method, {})  # fmt: skip
-    config = parse(METHODS[method], given, "options")
+    given: dict[str, Any] = {}
+    if method == "rise":
+        given = {"sketch": sketch, "calibration": calibration, "index_type": dtype}
+    elif method == "random":
+        given = {"seed": seed}
+    config: MethodConfig = parse(METHODS[method], given, "options")
     if isinstance(config, RiseConfig) and lambda_rh == lambda_gh == 0:
         raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
     scorer = parse(ScorerConfig, {"model": model or "none", "max_length": max_length, "precision": precision},
@@ -64,10 +68,8 @@ def score_files(
     scores = score_pool(config, Request(work / "pool.parquet", work / "queries.parquet", scorer, work))
     write_scores(scores, out, per_query=per_query)
     shutil.rmtree(work)
-    skipped = len(documents.skipped) + (len(wanted.skipped) if wanted else 0)
-    for row in [*documents.skipped, *(wanted.skipped if wanted else [])]:
-        import sys
-
+    skipped = [*documents.skipped, *(wanted.skipped if wanted else [])]
+    for row in skipped:
         print(f"skipped: {row.file}, row {row.row}, field {row.field}: {row.problem}", file=sys.stderr)
-    note = f"; {skipped} bad rows skipped" if skipped else ""
+    note = f"; {len(skipped)} bad rows skipped" if skipped else ""
     return f"{len(scores.doc_ids)} documents scored by {method} into {out}{note}"

@@ -11,7 +11,7 @@ from tasks.common.progress import Report
 from tasks.common.stage import Ref
 
 
-def settle(ref: Ref) -> Ref | State:  # type: ignore[type-arg]
+def settle(ref: Ref) -> Ref | State:
     """A stage that was found whole ends its task run in the state ``Cached``, so the UI shows what was not redone."""
     if ref.cached:
         return Completed(name="Cached", message=f"found whole, digest {ref.digest[:12]}", data=ref)
@@ -32,7 +32,7 @@ def reporter(what: str) -> Report:
     return report
 
 
-def worth_retrying(_: Any, __: Any, state: State) -> bool:  # type: ignore[type-arg]
+def worth_retrying(_: Any, __: Any, state: State) -> bool:
     """Whether a failed task may succeed when run again: a broken connection, not bad input or a bug."""
     try:
         state.result()

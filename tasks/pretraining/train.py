@@ -29,7 +29,7 @@ from tasks.pretraining.data import Corpus, batch, padded, pieces, read_corpus, s
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 VERSION = 1
 """Changes when the same inputs give other weights."""
@@ -162,11 +162,10 @@ def train_here(run: Run, out: Path, *, report: Report | None = None) -> None:
                     checkpoint.save(bare, adamw, losses)
                 add(1)
         if accelerator.is_main_process:
-            _save_model(bare, load_tokenizer(run.located), out / MODEL)  # a new one: used, it would keep its truncation
+            _save_model(bare, run.located, out / MODEL)
             _write_timings(run, begun, time.perf_counter() - started, out / TIMINGS)
             _write_history(run, losses, learning_rate, out / HISTORY)  # last: it says that the run is finished
         accelerator.wait_for_everyone()
-        accelerator.free_memory()
         accelerator.end_training()
 
 
@@ -263,14 +262,14 @@ def _finished(run: Run, out: Path) -> bool:
     return True
 
 
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+def _save_model(model: PreTrainedModel, origin: Located, place: Path) -> None:
     """Save a directory that ``from_pretrained`` loads; it stands at ``place`` when it is whole."""
     part = place.with_name(place.name + ".part")
     for leftover in (part, place):
         shutil.rmtree(leftover, ignore_errors=True)
     with writing(place):
         model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    load_tokenizer(origin).save_pretrained(part)  # a new one: the one that was used would keep its truncation
     os.replace(part, place)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -138,7 +138,7 @@ MethodConfig = Annotated[
     Field(discriminator="method"),
 ]
 """Any method; the key ``method`` says which."""
-METHODS: dict[str, type[_Method]] = {
+METHODS: dict[str, type[Any]] = {
     "rise": RiseConfig, "random": RandomConfig, "length": LengthConfig, "perplexity": PerplexityConfig,
     "bm25": Bm25Config, "embedding": EmbeddingConfig,
 }  # fmt: skip

@@ -39,7 +39,7 @@ def test_inner_products_are_unbiased_and_within_the_variance_bound(width: int, k
 
 
 def test_products_of_independent_sketches_are_unbiased() -> None:
-    """Appendix D: A_t B_t, the product of two independent sketched inner products, is unbiased for the outer product."""
+    """Appendix D: the product of two independent sketched inner products is unbiased for the outer product's."""
     rng = np.random.default_rng(1)
     r, s = rng.normal(size=(2, 120))
     h, k = rng.normal(size=(2, 60))

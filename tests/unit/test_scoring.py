@@ -19,15 +19,22 @@ from tasks.common.errors import InputError
 from tasks.common.stage import digest_directory
 from tasks.scoring import calibration
 from tasks.scoring.build import build_index
-from tasks.scoring.config import Bm25Config, LengthConfig, PerplexityConfig, RandomConfig, RiseConfig, ScorerConfig
-from tasks.scoring.config import SketchConfig
+from tasks.scoring.config import (
+    Bm25Config,
+    LengthConfig,
+    PerplexityConfig,
+    RandomConfig,
+    RiseConfig,
+    ScorerConfig,
+    SketchConfig,
+)
 from tasks.scoring.index import Index
 from tasks.scoring.methods import Request, per_query_table, ranked, score_pool, write_scores
 from tasks.scoring.search import Scores
 from tests.tiny import tiny_gpt_neox, tiny_llama
 
 SKETCH = SketchConfig(kr=16, kh=6, kg=12)
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly box under pale moonlight".split()
+WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "seven", "wizards", "box"]
 
 
 def write_documents(path: Path, count: int, seed: int, *, reverse: bool = False) -> Path:
@@ -193,8 +200,8 @@ def test_random_depends_on_the_id_and_the_seed_alone(request_: Request) -> None:
 
 def test_bm25_prefers_the_querys_words(tmp_path: Path, request_: Request) -> None:
     pool = tmp_path / "p.parquet"
-    pq.write_table(pa.table({"doc_id": ["a", "b", "c"], "text": ["influence of gradients", "cats and dogs",
-                                                                 "gradients, gradients everywhere"]}), pool)  # fmt: skip
+    texts = ["influence of gradients", "cats and dogs", "gradients, gradients everywhere"]
+    pq.write_table(pa.table({"doc_id": ["a", "b", "c"], "text": texts}), pool)
     queries = tmp_path / "q.parquet"
     pq.write_table(pa.table({"doc_id": ["q", "unseen"], "text": ["gradients", "xylophone"]}), queries)
     scores = score_pool(Bm25Config(), Request(pool, queries, request_.scorer, tmp_path))
