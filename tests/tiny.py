@@ -110,7 +110,7 @@ def tiny_encoder(path: Path) -> Path:
     """A random sentence-transformers model: a BERT of one layer under mean pooling."""
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel
 
     inner = path.with_name(f"{path.name}-bert")
@@ -120,5 +120,5 @@ def tiny_encoder(path: Path) -> Path:
                             intermediate_size=32)  # fmt: skip
         BertModel(config).save_pretrained(tiny_tokenizer(inner))
     body = Transformer(str(inner), max_seq_length=64)
-    SentenceTransformer(modules=[body, Pooling(body.get_word_embedding_dimension())]).save(str(path))
+    SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension())]).save(str(path))
     return path

@@ -56,12 +56,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random stand-ins of the paper's models, with a small byte-pair tokenizer."""
     folder = tmp_path_factory.mktemp("models")
     made = {
-        "scorer": tiny_olmo3(folder / "olmo3", vocab=2000, max_position_embeddings=512),
-        "trainee": tiny_gpt_neox(folder / "neox", vocab=2000, max_position_embeddings=2048),
+        "scorer": tiny_olmo3(folder / "olmo3", vocab=8000, max_position_embeddings=512),
+        "trainee": tiny_gpt_neox(folder / "neox", vocab=8000, max_position_embeddings=2048),
         "encoder": tiny_encoder(folder / "encoder"),
     }
     for name in ("scorer", "trainee"):
-        tiny_bpe(made[name], vocab=2000)
+        tiny_bpe(made[name], vocab=8000)
     return made
 
 
