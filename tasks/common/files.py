@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from tasks.common.errors import InputError
 
 _CHUNK = 1 << 20
 
@@ -37,16 +39,24 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success it is flushed to disk and renamed to ``path``.
 
     A reader sees the old file or the new one, never a part. On an error the part is removed.
+
+    Raises:
+        InputError: the disk is full, or the directory cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise InputError(f"cannot be written ({problem}); what is whole is kept, the same command goes on",
+                         file=path) from error  # fmt: skip
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

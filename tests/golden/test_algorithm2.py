@@ -80,9 +80,10 @@ def test_losses_are_the_models() -> None:
         assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 5, 64])
-def test_top_k_by_blocks_is_top_k(k: int) -> None:
-    z_TV = torch.randn(50, 64 * 200)
+@pytest.mark.parametrize("k", [1, 5, 64, 256])
+@pytest.mark.parametrize("vocabulary", [32 * 400, 32 * 1572, 50_257])
+def test_top_k_by_blocks_is_top_k(k: int, vocabulary: int) -> None:
+    z_TV = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0))
     values, index = top_k(z_TV, k)
     expected, _ = z_TV.topk(k, dim=-1)
     torch.testing.assert_close(values, expected, rtol=0, atol=0)

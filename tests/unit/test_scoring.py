@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -314,3 +315,22 @@ def test_a_model_without_a_head_is_refused(files: Path, tmp_path: Path) -> None:
                 "--out", tmp_path / "o.parquet")  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"rise: {tmp_path}")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(files: Path, model: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: writes fail with the same kind of error."""
+    command = [sys.executable, "-m", "flows.cli", "score", "--model", str(model), "--pool", str(files / "pool.jsonl"),
+               "--queries", str(files / "queries.jsonl"), "--out", str(tmp_path / "o.parquet")]  # fmt: skip
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, preexec_fn=small_files)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"rise: {tmp_path}/.o.parquet.")
+    assert "cannot be written" in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o.parquet").exists()
+    assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["o.parquet"]

