@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from tasks.common.errors import InputError
 
@@ -12,16 +16,54 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+_TEXTS = 1024
+"""Texts tokenized at once: what the tokenizer makes of them is not kept."""
+
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Documents as token ids, shortest first and by id where equally long: the order of shards and batches."""
+    """Documents as token ids, shortest first and by id where equally long: the order of shards and batches.
+
+    All ids stand in one array, four bytes a token; make it with :meth:`of`.
+    """
 
     doc_ids: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    flat: NDArray[np.int32]
+    """Token ids of all documents, one after the other."""
+    offsets: NDArray[np.int64]
+    """Where each document begins in ``flat``, and the end: (N + 1,)."""
+
+    @classmethod
+    def of(cls, doc_ids: Sequence[str], tokens: Sequence[ArrayLike]) -> Tokenized:
+        """Documents in any order."""
+        order = sorted(range(len(doc_ids)), key=lambda place: (len(tokens[place]), doc_ids[place]))  # type: ignore[arg-type]
+        arrays = [np.asarray(tokens[place], dtype=np.int32) for place in order]
+        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+        flat = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32)
+        return cls(tuple(doc_ids[place] for place in order), flat, offsets)
 
     def __len__(self) -> int:
         return len(self.doc_ids)
+
+    def length(self, place: int) -> int:
+        """Tokens of one document."""
+        return int(self.offsets[place + 1] - self.offsets[place])
+
+    def lengths(self, places: range) -> list[int]:
+        """Tokens of each document of a consecutive range."""
+        lengths: list[int] = np.diff(self.offsets[places.start : places.stop + 1]).tolist()
+        return lengths
+
+    def ids(self, place: int) -> NDArray[np.int32]:
+        """Token ids of one document."""
+        return self.flat[self.offsets[place] : self.offsets[place + 1]]
+
+    def digest(self) -> str:
+        """SHA-256 over the document ids and their tokens."""
+        digest = hashlib.sha256("\0".join(self.doc_ids).encode())
+        digest.update(self.offsets.tobytes())
+        digest.update(self.flat.tobytes())
+        return digest.hexdigest()
 
 
 def tokenize(
@@ -32,11 +74,14 @@ def tokenize(
     Raises:
         InputError: a text gives no token at all.
     """
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    pairs = sorted(zip(map(len, encoded), doc_ids, map(tuple, encoded), strict=True))
-    if pairs and pairs[0][0] == 0:
-        raise InputError(f"the document {pairs[0][1]} gives no token", field="text")
-    return Tokenized(tuple(pair[1] for pair in pairs), tuple(pair[2] for pair in pairs))
+    tokens: list[NDArray[np.int32]] = []
+    for start in range(0, len(texts), _TEXTS):
+        encoded = tokenizer(list(texts[start : start + _TEXTS]), truncation=True, max_length=max_length)["input_ids"]
+        tokens += [np.array(ids, dtype=np.int32) for ids in encoded]
+    for doc_id, ids in zip(doc_ids, tokens, strict=True):
+        if not len(ids):
+            raise InputError(f"the document {doc_id} gives no token", field="text")
+    return Tokenized.of(doc_ids, tokens)
 
 
 def shards(documents: Tokenized, shard_tokens: int) -> list[range]:
@@ -54,7 +99,7 @@ def _cut(documents: Tokenized, within: range, too_much: Callable[[int, int, int]
     ranges: list[range] = []
     start, total = within.start, 0
     for place in within:
-        length = len(documents.tokens[place])
+        length = documents.length(place)
         if place > start and too_much(place - start + 1, length, total + length):
             ranges.append(range(start, place))
             start, total = place, 0
@@ -68,10 +113,9 @@ def padded(documents: Tokenized, batch: range) -> torch.Tensor:
     """Token ids (B, T) of a batch, padded on the right; what stands in the padding is never read."""
     import torch
 
-    longest = len(documents.tokens[batch[-1]])
-    ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    ids_BT = torch.zeros(len(batch), documents.length(batch[-1]), dtype=torch.long)
     for row, place in enumerate(batch):
-        ids_BT[row, : len(documents.tokens[place])] = torch.tensor(documents.tokens[place], dtype=torch.long)
+        ids_BT[row, : documents.length(place)] = torch.from_numpy(documents.ids(place))
     return ids_BT
 
 
@@ -79,6 +123,6 @@ def padding_share(documents: Tokenized, plan: Iterable[range]) -> float:
     """Share of the positions of a plan that are padding."""
     real = total = 0
     for batch in plan:
-        real += sum(len(documents.tokens[place]) for place in batch)
-        total += len(batch) * len(documents.tokens[batch[-1]])
+        real += sum(documents.lengths(batch))
+        total += len(batch) * documents.length(batch[-1])
     return 1.0 - real / total if total else 0.0

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tasks.common.errors import InputError
-from tasks.common.files import sha256_json, write_json
+from tasks.common.files import write_json
 from tasks.common.models import Located, load_causal_lm, load_tokenizer, locate, torch_dtype
 from tasks.common.progress import Progress, Report
 from tasks.scoring import index
@@ -82,7 +82,7 @@ def _identity(
         "sketch": sketch.plain() if sketch else None,
         "type": stored,
         "losses": losses,
-        "documents": sha256_json([tokenized.doc_ids, tokenized.tokens]),
+        "documents": tokenized.digest(),
     }
 
 
@@ -111,12 +111,12 @@ def _build_shards(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     model = load_causal_lm(located, dtype=torch_dtype(scorer.precision), device_map=scorer.device_map)
     readout = Readout(model, located.spec)
-    longest = len(tokenized.tokens[-1])
+    longest = tokenized.length(len(tokenized) - 1)
     if readout.positions is not None and longest > readout.positions:
         raise InputError(f"the scorer has {readout.positions} positions, a document {longest} tokens; cut documents at "
                          f"{readout.positions}", file=located.spec, field="max_length")  # fmt: skip
     sketcher = Sketcher(readout.head, sketch) if sketch else None
-    sizes = [sum(len(tokenized.tokens[place]) for place in shard) for shard in plan]
+    sizes = [sum(tokenized.lengths(shard)) for shard in plan]
     done = sum(sizes) - sum(sizes[number] for number in numbers)
     with Progress(label, sum(sizes), "tokens", done=done, report=report) as progress:
         for number in numbers:
@@ -130,7 +130,7 @@ def _build_shards(
                 signatures = np.zeros((len(places), 0), dtype=np.float32)
             index.write_shard(
                 out, number, signatures=signatures, doc_ids=[tokenized.doc_ids[place] for place in places],
-                n_tokens=[len(tokenized.tokens[place]) for place in places], losses=made.losses, stored=stored,
+                n_tokens=tokenized.lengths(places), losses=made.losses, stored=stored,
             )  # fmt: skip
 
 

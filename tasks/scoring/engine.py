@@ -56,7 +56,7 @@ def forward(
     means: list[torch.Tensor] = []
     for batch in batches(documents, shard, batch_tokens):
         ids_BT = padded(documents, batch)
-        tokens = [len(documents.tokens[place]) for place in batch]
+        tokens = documents.lengths(batch)
         hidden = readout.hidden(ids_BT)
         real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor(tokens).unsqueeze(1) - 1
         head_device = readout.head.weight.device

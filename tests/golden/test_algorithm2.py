@@ -18,8 +18,12 @@ SKETCH = SketchConfig(kr=16, kh=6, kg=12, max_top=40)
 
 def documents(count: int = 7, seed: int = 3) -> Tokenized:
     rng = np.random.default_rng(seed)
-    tokens = sorted((tuple(rng.integers(2, VOCAB, rng.integers(3, 24)).tolist()) for _ in range(count)), key=len)
-    return Tokenized(tuple(f"d{i}" for i in range(count)), tuple(tokens))
+    return Tokenized.of([f"d{i}" for i in range(count)],
+                        [rng.integers(2, VOCAB, rng.integers(3, 24)) for _ in range(count)])  # fmt: skip
+
+
+def token_lists(docs: Tokenized) -> list[list[int]]:
+    return [docs.ids(place).tolist() for place in range(len(docs))]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -29,7 +33,7 @@ def test_engine_is_algorithm_2(name: str, config: SketchConfig) -> None:
     model, docs = build(name), documents()
     readout = Readout(model, name)
     made = forward(readout, docs, range(len(docs)), batch_tokens=64, sketcher=Sketcher(readout.head, config))
-    expected = np.stack([reference_signature(model, list(tokens), config) for tokens in docs.tokens])
+    expected = np.stack([reference_signature(model, tokens, config) for tokens in token_lists(docs)])
     assert made.signatures is not None
     np.testing.assert_allclose(made.signatures, expected, atol=1e-5)
 
@@ -43,7 +47,7 @@ def test_unsketched_product_is_the_head_gradient(name: str) -> None:
     readout = Readout(model, name)
     whole = SketchConfig(max_top=VOCAB, rho_cum=1.0)
     gradients, outers = [], []
-    for tokens in documents(3).tokens:
+    for tokens in token_lists(documents(3)):
         ids = torch.tensor([tokens])
         model.zero_grad()
         logits = model(input_ids=ids).logits[0, :-1].float()
@@ -75,7 +79,7 @@ def test_scores_do_not_depend_on_the_batch(batch_tokens: int) -> None:
 def test_losses_are_the_models() -> None:
     model, docs = build("gpt-neox"), documents(3)
     made = forward(Readout(model, "gpt-neox"), docs, range(3), batch_tokens=1000, losses=True)
-    for tokens, loss in zip(docs.tokens, made.losses, strict=True):
+    for tokens, loss in zip(token_lists(docs), made.losses, strict=True):
         ids = torch.tensor([tokens])
         assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
@@ -93,7 +97,7 @@ def test_top_k_by_blocks_is_top_k(k: int, vocabulary: int) -> None:
 def test_a_document_of_one_token_has_a_zero_signature_and_no_loss() -> None:
     model = build("llama tied")
     readout = Readout(model, "llama")
-    docs = Tokenized(("a", "b"), ((5,), (6, 7, 8)))
+    docs = Tokenized.of(["b", "a"], [[6, 7, 8], [5]])
     made = forward(readout, docs, range(2), batch_tokens=100, sketcher=Sketcher(readout.head, SKETCH), losses=True)
     assert not made.signatures[0].any()
     assert np.isnan(made.losses[0])
@@ -114,5 +118,5 @@ def test_batches_keep_the_budget_and_cover_everything() -> None:
     docs = documents(200, seed=5)
     plan = batches(docs, range(len(docs)), 128)
     assert [place for batch in plan for place in batch] == list(range(len(docs)))
-    assert all(len(batch) * len(docs.tokens[batch[-1]]) <= 128 for batch in plan)
+    assert all(len(batch) * docs.length(batch[-1]) <= 128 for batch in plan)
     assert padding_share(docs, plan) < 0.05
