@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.common.config import Config
 from tasks.common.models import Precision
 
-IndexType = Literal["fp32", "fp16"]
-"""How a signature's values are stored."""
+IndexType = Literal["fp32", "fp16", "int8", "bit"]
+"""How a signature's values are stored: see :mod:`tasks.scoring.store`."""
 
-CALIBRATION_PATTERN = r"^(none|center|power:(0?\.\d+|1(\.0*)?))$"
-"""``none``, ``center``, or ``power:P`` with 0 < P ≤ 1."""
+CALIBRATION_PATTERN = r"^(none|center|median-bit|power:(0?\.\d+|1(\.0*)?))$"
+"""``none``, ``center``, ``power:P`` with 0 < P ≤ 1, or ``median-bit``."""
+
+
+def check_type(index_type: str, calibration: str) -> None:
+    """Raise ValueError where a type and a calibration do not go together: bits are those of ``median-bit``."""
+    if index_type == "bit" and calibration != "median-bit":
+        raise ValueError(f"the type bit keeps on which side of the pool's median a value lies: its calibration is "
+                         f"median-bit, not {calibration}")  # fmt: skip
+    if calibration == "median-bit" and index_type != "bit":
+        raise ValueError(f"the calibration median-bit makes one bit a coordinate: its type is bit, not {index_type}")
+
+
+class FitConfig(Config):
+    """A calibration that is fitted when an index is built, and kept in it."""
+
+    name: str = Field("median-bit", pattern=CALIBRATION_PATTERN)
+    """median-bit, center, or power:P (signed power P, then centre)."""
+    documents: int = Field(2000, ge=1)
+    """Documents of the sample that median-bit is fitted on; center and power:P are fitted on all."""
+    seed: int = Field(42, ge=0)
+    """Seed of the sample, which is drawn by the hash of the text."""
 
 
 class ScorerConfig(Config):
@@ -128,9 +148,14 @@ class RiseConfig(_Method):
     sketch: SketchConfig = SketchConfig()
     """Sketch dimensions, channel weights and support."""
     calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
-    """none, center, or power:P (signed power P, then centre); fitted on the pool alone."""
+    """none, center, power:P (signed power P, then centre), or median-bit; fitted on the pool alone."""
     index_type: IndexType = "fp16"
-    """Type of the stored signatures; the paper's sizes are those of fp16."""
+    """Type of the stored signatures; the paper's sizes are those of fp16. bit goes with median-bit."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> RiseConfig:
+        check_type(self.index_type, self.calibration)
+        return self
 
 
 MethodConfig = Annotated[

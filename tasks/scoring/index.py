@@ -1,14 +1,16 @@
 """Signatures on disk: memory-mapped shards, each whole or absent, under one manifest.
 
-``DIR/manifest.json`` is there when the index is whole and says what it was made of. A shard is
-``shards/NNNNN.signatures.npy`` (N, D), ``shards/NNNNN.documents.parquet`` (doc_id, n_tokens, loss) and
-``shards/NNNNN.json`` with their checksums, which is written last.
+``DIR/plan.json`` says what the index is made of: another model, sketch or type into it is refused. A shard is
+``shards/NNNNN.signatures.npy`` (N, …) with ``NNNNN.scales.npy`` (N,) for int8, ``NNNNN.documents.parquet`` (doc_id,
+n_tokens, loss) and ``NNNNN.json`` with their checksums, which is written last. ``calibration.npy`` is what a
+calibration learned. ``DIR/manifest.json`` is there when the index is whole and is replaced when an append is: a reader
+sees the old index or the new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.common.errors import InputError
-from tasks.common.files import read_json, sha256_file, whole_file, write_json
+from tasks.common.files import read_json, sha256_file, sha256_json, whole_file, write_json
+from tasks.scoring import calibration, store
+from tasks.scoring.config import IndexType, SketchConfig
 
 FORMAT = 1
 """Version of the layout on disk; a reader refuses another."""
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
-STORED: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16}
+CALIBRATION = "calibration.npy"
 
 
 def begin(directory: Path, identity: Mapping[str, Any]) -> None:
@@ -63,6 +67,13 @@ def shard_done(directory: Path, number: int) -> bool:
     return (directory / "shards" / f"{number:05d}.json").exists()
 
 
+def remove_shards(directory: Path, first: int) -> None:
+    """Remove every shard from number ``first`` on: what is left of an append that was given up."""
+    for file in sorted((directory / "shards").glob("*.*")):
+        if file.name[:5].isdigit() and int(file.name[:5]) >= first:
+            file.unlink()
+
+
 def write_shard(
     directory: Path,
     number: int,
@@ -71,26 +82,166 @@ def write_shard(
     doc_ids: list[str],
     n_tokens: list[int],
     losses: NDArray[np.float64] | None,
-    stored: str,
+    stored: IndexType,
+    fitted: calibration.MedianBit | None = None,
 ) -> None:
-    """Write one shard; its JSON comes last and makes it whole."""
+    """Write one shard of signatures (N, D); ``bit`` needs the fitted median."""
+    note = {"empty": np.flatnonzero(calibration.empty(signatures)).tolist()} if stored == "bit" else {}
+    write_encoded(directory, number, arrays=store.encode(signatures, stored, fitted), doc_ids=doc_ids,
+                  n_tokens=n_tokens, losses=losses, note=note)  # fmt: skip
+
+
+def write_encoded(
+    directory: Path,
+    number: int,
+    *,
+    arrays: Mapping[str, NDArray[Any]],
+    doc_ids: list[str],
+    n_tokens: list[int],
+    losses: NDArray[np.float64] | None = None,
+    note: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one shard of what :func:`store.encode` made; its JSON comes last and makes it whole."""
     folder, name = directory / "shards", f"{number:05d}"
-    with whole_file(folder / f"{name}.signatures.npy") as part, part.open("wb") as file:
-        np.save(file, signatures.astype(STORED[stored]), allow_pickle=False)
+    for part_name, array in arrays.items():
+        with whole_file(folder / f"{name}.{part_name}.npy") as part, part.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
     loss = pa.nulls(len(doc_ids), pa.float64()) if losses is None else pa.array(losses, pa.float64())
     table = pa.table({"doc_id": pa.array(doc_ids, pa.string()), "n_tokens": pa.array(n_tokens, pa.int32()),
                       "loss": loss})  # fmt: skip
     with whole_file(folder / f"{name}.documents.parquet") as part:
         pq.write_table(table, part)
-    files = [f"{name}.signatures.npy", f"{name}.documents.parquet"]
-    write_json(folder / f"{name}.json", {"documents": len(doc_ids), "tokens": sum(n_tokens),
+    files = [*(f"{name}.{part_name}.npy" for part_name in arrays), f"{name}.documents.parquet"]
+    write_json(folder / f"{name}.json", {"documents": len(doc_ids), "tokens": sum(n_tokens), **(note or {}),
                                          "sha256": {file: sha256_file(folder / file) for file in files}})  # fmt: skip
 
 
-def finish(directory: Path, shard_count: int) -> None:
-    """Write the manifest over all shards."""
-    shards = [read_json(directory / "shards" / f"{number:05d}.json") for number in range(shard_count)]
-    write_json(directory / MANIFEST, {**read_json(directory / PLAN), "shards": shards})
+def write_calibration(directory: Path, fitted: calibration.Fitted) -> None:
+    """Keep what a calibration learned."""
+    with whole_file(directory / CALIBRATION) as part, part.open("wb") as file:
+        np.save(file, calibration.center(fitted), allow_pickle=False)
+
+
+def read_calibration(directory: Path, name: str) -> calibration.Fitted:
+    """The calibration that :func:`write_calibration` kept."""
+    return calibration.restore(name, np.load(directory / CALIBRATION, allow_pickle=False))
+
+
+def written_shard(directory: Path, number: int, stored: IndexType, dimension: int) -> Shard:
+    """A whole shard, whether or not a manifest names it yet."""
+    folder = directory / "shards"
+    return Shard(folder, number, read_json(folder / f"{number:05d}.json"), stored, dimension)
+
+
+def finish(directory: Path, batch: int, shard_count: int, *, made_of: Mapping[str, Any]) -> None:
+    """Write the manifest over the shards of the index so far and those of one batch of data.
+
+    Args:
+        directory: the index.
+        batch: its number, 0 for the build; the shards of the batches before it come first.
+        shard_count: shards of this batch.
+        made_of: what is noted of the batch (``data``: SHA-256 of its file) and of the scorer (``scorer``).
+    """
+    plan = read_json(directory / PLAN)
+    try:
+        before = read_json(directory / MANIFEST)
+    except FileNotFoundError:
+        before = {}
+    batches = before.get("batches", [])
+    first = sum(entry["shards"] for entry in batches[:batch])
+    shards = [read_json(directory / "shards" / f"{number:05d}.json") for number in range(first, first + shard_count)]
+    entry = {"data": made_of["data"], "shards": shard_count, "documents": sum(shard["documents"] for shard in shards),
+             "tokens": sum(shard["tokens"] for shard in shards)}  # fmt: skip
+    old = before.get("shards", [])
+    manifest = {**plan, "scorer": made_of["scorer"], "batches": [*batches[:batch], entry, *batches[batch + 1 :]],
+                "shards": [*old[:first], *shards, *old[first + shard_count :]]}  # fmt: skip
+    if "calibration" in plan:
+        manifest["calibration"] = {**plan["calibration"], "sha256": sha256_file(directory / CALIBRATION)}
+    write_json(directory / MANIFEST, {**manifest, "sha256": sha256_json(manifest)})
+
+
+def _dimension(manifest: Mapping[str, Any]) -> int:
+    return SketchConfig(**manifest["sketch"]).dimension if manifest["sketch"] else 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of an index. Its files are mapped, and checked against their checksums when first read."""
+
+    folder: Path
+    number: int
+    entry: Mapping[str, Any]
+    """documents, tokens and sha256, as the manifest has them."""
+    stored: IndexType
+    dimension: int
+    verify: bool = True
+    """False where the caller has checked the files."""
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return int(self.entry["documents"])
+
+    def check(self) -> None:
+        """Check every file.
+
+        Raises:
+            InputError: naming one that is missing or has changed.
+        """
+        for name in self.entry["sha256"]:
+            self._file(name.partition(".")[2])
+
+    def _file(self, kind: str) -> Path:
+        path = self.folder / f"{self.number:05d}.{kind}"
+        if self.verify and kind not in self._checked:
+            check_file(path, self.entry["sha256"][path.name])
+            self._checked.add(kind)
+        return path
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What :func:`store.encode` made, mapped."""
+        return {name: np.load(self._file(f"{name}.npy"), mmap_mode="r", allow_pickle=False)
+                for name in store.parts(self.stored)}  # fmt: skip
+
+    def without_empty(self, values: NDArray[Any], rows: slice) -> NDArray[Any]:
+        """``values`` (n, …) of some rows, 0 where the signature is zero and the type cannot say so itself."""
+        start, stop, _ = rows.indices(len(self))
+        empty = [row - start for row in self.entry.get("empty", []) if start <= row < stop]
+        if empty:
+            values[empty] = 0
+        return values
+
+    def signatures(self, rows: slice) -> NDArray[np.float32]:
+        """Signatures (n, D) of some rows as float32; those of ``bit`` are calibrated, ±1/√D."""
+        some = {name: array[rows] for name, array in self.arrays().items()}
+        return self.without_empty(store.decode(some, self.stored, self.dimension), rows)
+
+    def blocks(self, rows: int = 4096) -> Iterator[NDArray[np.float32]]:
+        """:meth:`signatures` of all rows, at most ``rows`` at a time."""
+        for start in range(0, len(self), rows):
+            yield self.signatures(slice(start, start + rows))
+
+    def documents(self) -> pa.Table:
+        """doc_id, n_tokens and loss, in the order of the signatures."""
+        return pq.read_table(self._file("documents.parquet"))
+
+    def doc_ids(self) -> pa.ChunkedArray:
+        """Document ids in the order of the signatures."""
+        return pq.read_table(self._file("documents.parquet"), columns=["doc_id"]).column(0)
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Compare a file with its checksum.
+
+    Raises:
+        InputError: it is missing or has changed.
+    """
+    try:
+        found = sha256_file(path)
+    except FileNotFoundError:
+        raise InputError("is missing; restore it from a copy or build the index anew", file=path) from None
+    if found != sha256:
+        raise InputError(f"is damaged: its SHA-256 is {found[:16]}…, it was written with {sha256[:16]}…; restore it "
+                         "from a copy or build the index anew", file=path)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,35 +249,73 @@ class Index:
     """A whole index, opened for reading; signatures are mapped, not loaded.
 
     Raises:
-        InputError: there is no whole index in the directory, or it has another format.
+        InputError: there is no whole index in the directory, it has another format, or a file of it has changed.
     """
 
     directory: Path
+    verify: bool = True
+    """Check each file against its checksum when it is first read."""
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What the index was made of, and its shards."""
+        path = self.directory / MANIFEST
         try:
-            manifest: dict[str, Any] = read_json(self.directory / MANIFEST)
-        except FileNotFoundError:
+            manifest: dict[str, Any] = read_json(path)
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError("holds no whole index (no manifest.json)", file=self.directory) from None
         except ValueError:
-            raise InputError("is not JSON", file=self.directory / MANIFEST) from None
+            raise InputError("is damaged: it is not JSON", file=path) from None
         if manifest.get("format") != FORMAT:
             raise InputError(f"has index format {manifest.get('format')!r}; this version reads {FORMAT}",
                              file=self.directory)  # fmt: skip
+        if "sha256" in manifest and manifest["sha256"] != _manifest_digest(manifest):
+            raise InputError("is damaged: it is not what was written", file=path)
         return manifest
 
     def __len__(self) -> int:
         return sum(shard["documents"] for shard in self.manifest["shards"])
 
+    @property
+    def stored(self) -> IndexType:
+        """Type of the stored signatures."""
+        stored: IndexType = self.manifest["type"]
+        return stored
+
+    @cached_property
+    def dimension(self) -> int:
+        """D."""
+        return _dimension(self.manifest)
+
+    @property
+    def calibration_name(self) -> str:
+        """Name of the calibration that was fitted when the index was built; ``none`` without one."""
+        return str(self.manifest.get("calibration", {"name": "none"})["name"])
+
+    @cached_property
+    def calibration(self) -> calibration.Fitted:
+        """The calibration that was fitted when the index was built; the identity without one."""
+        if self.calibration_name == "none":
+            return calibration.fit("none", [])
+        if self.verify:
+            self.check_calibration()
+        return read_calibration(self.directory, self.calibration_name)
+
+    def check_calibration(self) -> None:
+        """Compare what the calibration learned with its checksum."""
+        if self.calibration_name != "none":
+            check_file(self.directory / CALIBRATION, self.manifest["calibration"]["sha256"])
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The shards, in order."""
+        return [Shard(self.directory / "shards", number, entry, self.stored, self.dimension, self.verify)
+                for number, entry in enumerate(self.manifest["shards"])]  # fmt: skip
+
     @cached_property
     def documents(self) -> pa.Table:
         """doc_id, n_tokens and loss of every document, in the order of the signatures."""
-        return pa.concat_tables(
-            pq.read_table(self.directory / "shards" / f"{number:05d}.documents.parquet")
-            for number in range(len(self.manifest["shards"]))
-        )
+        return pa.concat_tables(shard.documents() for shard in self.shards)
 
     @cached_property
     def doc_ids(self) -> list[str]:
@@ -134,10 +323,71 @@ class Index:
         ids: list[str] = self.documents.column("doc_id").to_pylist()
         return ids
 
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Place of each shard's first document, and the number of documents last, (shards + 1,)."""
+        return np.cumsum([0, *map(len, self.shards)], dtype=np.int64)
+
+    def ids(self, places: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """Document ids at some places; only their shards are read."""
+        wanted = np.asarray(places, dtype=np.int64)
+        shard_of = np.searchsorted(self.starts, wanted, side="right") - 1
+        found = np.empty(len(wanted), dtype=object)
+        for number in np.unique(shard_of):
+            here = shard_of == number
+            found[here] = self.shards[number].doc_ids().take(pa.array(wanted[here] - self.starts[number])).to_pylist()
+        return found.tolist()
+
+    def signatures(self, places: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Signatures (n, D) at some places, as :meth:`Shard.signatures`."""
+        wanted = np.asarray(places, dtype=np.int64)
+        shard_of = np.searchsorted(self.starts, wanted, side="right") - 1
+        rows = [self.shards[number].signatures(slice(row, row + 1))
+                for number, row in zip(shard_of, wanted - self.starts[shard_of], strict=True)]  # fmt: skip
+        return np.concatenate(rows) if rows else np.zeros((0, self.dimension), dtype=np.float32)
+
     def blocks(self, rows: int = 4096) -> Iterator[NDArray[np.float32]]:
-        """Signatures (n, D) as float32, at most ``rows`` at a time, in order."""
-        for number in range(len(self.manifest["shards"])):
-            path = self.directory / "shards" / f"{number:05d}.signatures.npy"
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            for start in range(0, len(mapped), rows):
-                yield np.asarray(mapped[start : start + rows], dtype=np.float32)
+        """Signatures (n, D), as :meth:`Shard.signatures`, at most ``rows`` at a time, in order."""
+        for shard in self.shards:
+            yield from shard.blocks(rows)
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return sha256_json({key: value for key, value in manifest.items() if key != "sha256"})
+
+
+def verify(directory: Path) -> tuple[int, int]:
+    """Recompute the checksum of everything in an index.
+
+    Returns:
+        The numbers of its shards and of its documents.
+
+    Raises:
+        InputError: naming the first file that is missing or has changed.
+    """
+    index = Index(directory)
+    manifest = index.manifest
+    if "sha256" not in manifest:
+        raise InputError("has no checksum of its own", file=directory / MANIFEST)
+    plan = _read(directory / PLAN)
+    expected = {key: manifest[key] for key in plan if key in manifest}
+    if "calibration" in expected:
+        expected["calibration"] = {key: value for key, value in expected["calibration"].items() if key != "sha256"}
+    if plan != expected:
+        raise InputError("is damaged: the manifest says otherwise", file=directory / PLAN)
+    index.check_calibration()
+    for shard in index.shards:
+        path = shard.folder / f"{shard.number:05d}.json"
+        if _read(path) != shard.entry:
+            raise InputError("is damaged: the manifest says otherwise", file=path)
+        shard.check()
+    return len(index.shards), len(index)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise InputError("is missing from the index", file=path) from None
+    except ValueError:
+        raise InputError("is damaged: it is not JSON", file=path) from None

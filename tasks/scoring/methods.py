@@ -20,6 +20,7 @@ from tasks.scoring.build import build_index
 from tasks.scoring.config import (
     Bm25Config,
     EmbeddingConfig,
+    IndexType,
     LengthConfig,
     MethodConfig,
     PerplexityConfig,
@@ -54,14 +55,17 @@ class Request:
 
 
 def read_out(
-    request: Request, out: Path, *, sketch: SketchConfig | None, stored: str = "fp16", losses: bool = False
+    request: Request, out: Path, *, sketch: SketchConfig | None, stored: IndexType = "fp16", losses: bool = False
 ) -> int:
-    """One forward pass of the scorer over pool and queries, kept as two indexes: all that RISE and perplexity need."""
-    shared: dict[str, Any] = {"stored": stored, "losses": losses}
-    rows = build_index(request.pool, out / "pool", request.scorer, sketch, label="pool", report=request.report,
-                       **shared)  # fmt: skip
+    """One forward pass of the scorer over pool and queries, kept as two indexes: all that RISE and perplexity need.
+
+    The few queries are kept as fp32 where the pool's type rounds to 8 bits or fewer.
+    """
+    rows = build_index(request.pool, out / "pool", request.scorer, sketch, stored=stored, losses=losses, label="pool",
+                       report=request.report)  # fmt: skip
     if sketch is not None:
-        build_index(request.queries, out / "queries", request.scorer, sketch, label="queries", **shared)
+        build_index(request.queries, out / "queries", request.scorer, sketch, losses=losses, label="queries",
+                    stored="fp32" if stored in ("int8", "bit") else stored)  # fmt: skip
     return rows
 
 

@@ -1,14 +1,23 @@
-"""Stage 3 of Algorithm 1: scores of all documents, mean-pooled over the queries and per query."""
+"""Stage 3 of Algorithm 1: scores of all documents, mean-pooled over the queries and per query; or the best N alone."""
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.common.errors import InputError
 from tasks.scoring import calibration
-from tasks.scoring.index import Index
+from tasks.scoring.bits import Agreement, pack, planes
+from tasks.scoring.calibration import Fitted, MedianBit, Signatures
+from tasks.scoring.config import SketchConfig, check_type
+from tasks.scoring.index import Index, Shard
 
 
 @dataclass(frozen=True)
@@ -23,15 +32,246 @@ class Scores:
     """(Q, N); None for a method that does not look at the queries."""
 
 
+@dataclass(frozen=True)
+class Hit:
+    """A document that was found."""
+
+    doc_id: str
+    score: float
+    place: int
+    """Where its signature stands in the index."""
+
+
 def score(pool: Index, queries: Index, *, calibrated: str = "none") -> Scores:
-    """score(x_i) = φ(x_i)ᵀ φ̄_Q (Algorithm 1), with both sides calibrated by what the pool alone says."""
-    fitted = calibration.fit(calibrated, pool.blocks())
-    query_QD = fitted.apply(np.concatenate(list(queries.blocks())))
+    """score(x_i) = φ(x_i)ᵀ φ̄_Q (Algorithm 1), with both sides calibrated by what the pool alone says.
+
+    Args:
+        pool: signatures of the documents, of any type.
+        queries: signatures of the queries, not calibrated (any type but ``bit``).
+        calibrated: name of the calibration; the one that the index keeps is used as it is, another is fitted here.
+
+    Raises:
+        InputError: the calibration does not go with the pool's type.
+    """
+    fitted = fitted_for(pool, calibrated)
+    query_QD = np.concatenate(list(queries.blocks()))
+    if isinstance(fitted, MedianBit):
+        per_query, mean = _score_bits(pool, query_QD, fitted)
+        return Scores(pool.doc_ids, mean, queries.doc_ids, per_query)
+    query_QD = fitted.apply(query_QD)
     pooled_D = query_QD.mean(axis=0, dtype=np.float64)
-    per_query: list[NDArray[np.float32]] = []
-    mean: list[NDArray[np.float64]] = []
+    products: list[NDArray[np.float32]] = []
+    means: list[NDArray[np.float64]] = []
     for block in pool.blocks():
         phi_ND = fitted.apply(block)
-        per_query.append(query_QD @ phi_ND.T)
-        mean.append(phi_ND.astype(np.float64) @ pooled_D)
-    return Scores(pool.doc_ids, np.concatenate(mean), queries.doc_ids, np.concatenate(per_query, axis=1))
+        products.append(query_QD @ phi_ND.T)
+        means.append(phi_ND.astype(np.float64) @ pooled_D)
+    return Scores(pool.doc_ids, np.concatenate(means), queries.doc_ids, np.concatenate(products, axis=1))
+
+
+def fitted_for(pool: Index, calibrated: str) -> Fitted:
+    """The calibration of this name: the one that the index keeps, or one fitted on its signatures in one pass.
+
+    Raises:
+        InputError: it does not go with the index's type.
+    """
+    try:
+        check_type(pool.stored, calibrated)
+    except ValueError as error:
+        raise InputError(str(error), file=pool.directory) from None
+    return pool.calibration if calibrated == pool.calibration_name else calibration.fit(calibrated, pool.blocks())
+
+
+def _score_bits(
+    pool: Index, query_QD: Signatures, fitted: MedianBit
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Scores (Q, N) and their mean (N,)."""
+    agreement = _bits(query_QD, fitted)
+    products: list[NDArray[np.float32]] = []
+    means: list[NDArray[np.float64]] = []
+    for shard in pool.shards:
+        for start in range(0, len(shard), 4096):
+            whole_NQ = agreement(shard, slice(start, start + 4096))
+            products.append((whole_NQ.T / pool.dimension).astype(np.float32))
+            means.append(whole_NQ.sum(axis=1) / (pool.dimension * len(query_QD)))
+    return np.concatenate(products, axis=1), np.concatenate(means)
+
+
+def mean_pooled(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted | None = None) -> list[Hit]:
+    """The ``top`` documents with the highest mean score over the queries; ties by id. As :func:`score`, streamed.
+
+    Args:
+        index: signatures of the documents, of any type.
+        query_QD: signatures of the queries (Q, D), not calibrated.
+        top: how many documents.
+        fitted: calibration of both sides; None takes the index's own.
+
+    Raises:
+        InputError: a file of the index has changed.
+    """
+    fitted = _own(index, fitted)
+    if isinstance(fitted, MedianBit):
+        return _best(index, _pooled_bits(query_QD, fitted), 1, top, index.dimension * len(query_QD))[0]
+    pooled_D1 = fitted.apply(query_QD).mean(axis=0, dtype=np.float64)[:, None]
+    return _best(index, _floats(pooled_D1, fitted), 1, top)[0]
+
+
+def per_query(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted | None = None) -> list[list[Hit]]:
+    """For each query the ``top`` documents with the highest score; as :func:`mean_pooled`."""
+    fitted = _own(index, fitted)
+    if isinstance(fitted, MedianBit):
+        return _best(index, _bits(query_QD, fitted), len(query_QD), top, index.dimension)
+    return _best(index, _floats(fitted.apply(query_QD).T, fitted), len(query_QD), top)
+
+
+def channels(
+    index: Index, query_QD: Signatures, hits: list[Hit], *, fitted: Fitted | None = None
+) -> NDArray[np.float64]:
+    """The parts of the mean-pooled scores of some documents that come from RH and from GH, (N, 2).
+
+    The two parts of a calibrated score: they sum to it.
+    """
+    fitted = _own(index, fitted)
+    phi_ND = index.signatures([hit.place for hit in hits])
+    phi_ND = phi_ND if isinstance(fitted, MedianBit) else fitted.apply(phi_ND)  # bits are calibrated as they stand
+    pooled_D = fitted.apply(query_QD).mean(axis=0, dtype=np.float64)
+    sketch = SketchConfig(**index.manifest["sketch"])
+    product_ND = phi_ND * pooled_D
+    cut = sketch.kr * sketch.kh
+    return np.stack([product_ND[:, :cut].sum(axis=1), product_ND[:, cut:].sum(axis=1)], axis=1)
+
+
+def _own(index: Index, fitted: Fitted | None) -> Fitted:
+    """The index's calibration where none is given; one that is given must go with the type."""
+    if fitted is not None and isinstance(fitted, MedianBit) != (index.stored == "bit"):
+        raise ValueError(f"a calibration that does not go with the type {index.stored}")
+    return index.calibration if fitted is None else fitted
+
+
+_Judge = Callable[[Shard, slice], NDArray[Any]]
+"""Values (n, Q) of some rows of a shard, the higher the better."""
+
+
+def _floats(query_DQ: NDArray[Any], fitted: Fitted) -> _Judge:
+    def judge(shard: Shard, rows: slice) -> NDArray[Any]:
+        return fitted.apply(shard.signatures(rows)).astype(query_DQ.dtype, copy=False) @ query_DQ
+
+    return judge
+
+
+def _bits(query_QD: Signatures, fitted: MedianBit) -> _Judge:
+    """D times the cosine of the signs, (n, Q) whole numbers."""
+    agreement = Agreement(pack(fitted.bits(query_QD)), query_QD.shape[1])
+    silent = calibration.empty(query_QD)
+
+    def judge(shard: Shard, rows: slice) -> NDArray[np.int32]:
+        value_NQ = agreement(shard.arrays()["signatures"][rows])
+        value_NQ[:, silent] = 0
+        return shard.without_empty(value_NQ, rows)
+
+    return judge
+
+
+def _pooled_bits(query_QD: Signatures, fitted: MedianBit) -> _Judge:
+    """The sum of :func:`_bits` over the queries, (n, 1), from a few bit planes."""
+    speaking = query_QD[~calibration.empty(query_QD)]
+    if not len(speaking):
+        return lambda shard, rows: np.zeros((len(range(*rows.indices(len(shard)))), 1))
+    plane_PB, weight_P = planes(pack(fitted.bits(speaking)), query_QD.shape[1])
+    agreement = Agreement(plane_PB, query_QD.shape[1])
+    # float64 keeps these whole numbers exactly and has a fast product.
+    weight_P1 = weight_P.astype(np.float64)[:, None]
+
+    def judge(shard: Shard, rows: slice) -> NDArray[np.float64]:
+        return shard.without_empty(agreement(shard.arrays()["signatures"][rows]) @ weight_P1, rows)
+
+    return judge
+
+
+def _best(index: Index, judge: _Judge, queries: int, top: int, divisor: float = 1.0) -> list[list[Hit]]:
+    """Stream over the index, a thread a core, a block of rows at a time."""
+    wide = index.dimension * 4 if index.stored != "bit" else 0
+    rows = int(np.clip(_BLOCK_BYTES // max(wide, 4 * queries, 1), 64, 16_384))
+    best = _Best(index, queries, top)
+    threads = len(os.sched_getaffinity(0))
+
+    def look(shard: Shard, start: int) -> _Found:
+        values = judge(shard, slice(start, start + rows))
+        return best.select(values, int(index.starts[shard.number]) + start)
+
+    with ThreadPoolExecutor(threads) as workers:
+        ahead: deque[Future[_Found]] = deque()
+        for shard in index.shards:
+            for start in range(0, len(shard), rows):
+                ahead.append(workers.submit(look, shard, start))
+                if len(ahead) > 2 * threads:
+                    best.add(ahead.popleft().result())
+        while ahead:
+            best.add(ahead.popleft().result())
+    return best.hits(divisor)
+
+
+_BLOCK_BYTES = 32 << 20
+"""Memory of a block's decoded signatures or values, whichever is more."""
+_Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]
+"""Queries, places and values of some candidates."""
+
+
+class _Best:
+    """The best ``top`` documents of each query so far, with those that tie with the last of them.
+
+    Ids are looked up for the survivors alone; where ties pile up, they are settled by id on the way, so that memory
+    stays bounded whatever the values are.
+    """
+
+    def __init__(self, index: Index, queries: int, top: int) -> None:
+        self._index, self._queries, self._top = index, queries, top
+        self._limit = max(1 << 16, 8 * queries * top)
+        self._found: list[_Found] = []
+        self._count = 0
+        self._floor: NDArray[Any] | None = None
+        """The lowest value that can still be among the best, for each query."""
+
+    def select(self, value_NQ: NDArray[Any], first: int) -> _Found:
+        """Those of a block that can be among the best; ``first`` is the place of its first row."""
+        floor = self._floor
+        if floor is None:
+            last = max(len(value_NQ) - self._top, 0)
+            floor = np.partition(value_NQ, last, axis=0)[last]
+        row, query = np.nonzero(value_NQ >= floor)
+        return query, row + first, value_NQ[row, query]
+
+    def add(self, found: _Found) -> None:
+        """Take in what :meth:`select` found."""
+        self._found.append(found)
+        self._count += len(found[0])
+        if self._count > self._limit:
+            self._prune()
+            self._count = len(self._found[0][0])
+
+    def _prune(self) -> None:
+        query, place, value = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        order = np.lexsort((-value, query))
+        query, place, value = query[order], place[order], value[order]
+        starts = np.searchsorted(query, np.arange(self._queries + 1))
+        if (np.diff(starts) >= self._top).all():
+            self._floor = value[starts[:-1] + self._top - 1]
+            kept = value >= self._floor[query]
+            query, place, value = query[kept], place[kept], value[kept]
+        self._found = [(query, place, value)]
+        if len(query) > self._limit // 2:
+            hits = self.hits(1.0)
+            self._found = [(
+                np.repeat(np.arange(self._queries), [len(some) for some in hits]),
+                np.array([hit.place for some in hits for hit in some], dtype=np.int64),
+                np.array([hit.score for some in hits for hit in some]).astype(value.dtype),
+            )]
+
+    def hits(self, divisor: float) -> list[list[Hit]]:
+        """The best of each query: highest value first, ties by id; a score is a value over ``divisor``."""
+        query, place, value = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        found: list[list[Hit]] = [[] for _ in range(self._queries)]
+        for number, doc_id, here, points in zip(query.tolist(), self._index.ids(place), place.tolist(), value.tolist(),
+                                                strict=True):  # fmt: skip
+            found[number].append(Hit(doc_id, points / divisor, here))
+        return [sorted(some, key=lambda hit: (-hit.score, hit.doc_id))[: self._top] for some in found]

@@ -14,6 +14,7 @@ from tasks.face import reporter, settle
 from tasks.scoring import build, methods
 from tasks.scoring.config import (
     EmbeddingConfig,
+    IndexType,
     LengthConfig,
     MethodConfig,
     PerplexityConfig,
@@ -38,7 +39,7 @@ def _request(pool: Ref, scorer: ScorerConfig, work: Path, what: str) -> Request:
 
 @task(name="readout", task_run_name="readout {name}")
 def readout(
-    scorer: ScorerConfig, sketch: SketchConfig | None, pool: Ref, directory: str, *, name: str, stored: str,
+    scorer: ScorerConfig, sketch: SketchConfig | None, pool: Ref, directory: str, *, name: str, stored: IndexType,
     losses: bool, refresh: bool = False,
 ) -> Any:  # fmt: skip
     """One forward pass over pool and queries."""

@@ -1,0 +1,239 @@
+"""``rise index …`` and ``rise attribute``: signatures on disk, and which documents moved the model most towards a text."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.common.config import parse
+from tasks.common.errors import InputError
+from tasks.common.files import sha256_file, write_json
+from tasks.pool.documents import COLUMNS, content_id, read_documents, write_documents
+from tasks.scoring.config import FitConfig, ScorerConfig, SketchConfig
+
+if TYPE_CHECKING:
+    from tasks.scoring.index import Index
+    from tasks.scoring.search import Hit
+
+EXCERPT = 80
+"""Characters of a text that are shown."""
+
+
+def build(
+    *, model: str, data: Path, out: Path, dtype: Any, calibration: str | None, fit_documents: int, kr: int, kh: int,
+    kg: int, lambda_rh: float, lambda_gh: float, alpha: float, seed: int, max_length: int, precision: str,
+    shard_tokens: int, processes: int, on_bad_row: Any,
+) -> str:  # fmt: skip
+    """Build the index of a file of documents, or go on with it.
+
+    Returns:
+        One line that says what was done.
+
+    Raises:
+        InputError: a file, the model or an option cannot be used, or ``out`` holds something else.
+    """
+    from tasks.scoring.build import build_index
+    from tasks.scoring.index import PLAN
+
+    sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg, "lambda_rh": lambda_rh, "lambda_gh": lambda_gh,
+                                  "alpha": alpha, "seed": seed}, "options")  # fmt: skip
+    if lambda_rh == lambda_gh == 0:
+        raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
+    scorer = parse(ScorerConfig, {"model": model, "max_length": max_length, "precision": precision,
+                                  "shard_tokens": shard_tokens, "processes": processes}, "options")  # fmt: skip
+    name = calibration or ("median-bit" if dtype == "bit" else "none")
+    fit = None
+    if name != "none":
+        fit = parse(FitConfig, {"name": name, "documents": fit_documents}, "options")
+    if out.exists() and not (out / PLAN).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError("is neither empty nor an index; choose another --out", file=out)
+    with _as_parquet(data, on_bad_row) as documents:
+        count = build_index(documents, out, scorer, sketch, stored=dtype, fit=fit, data=sha256_file(data), label="index")
+    return f"{count} documents in the index {out}"
+
+
+def append(*, directory: Path, data: Path, model: str | None, processes: int, on_bad_row: Any) -> str:
+    """Add a file of documents to an index, or go on with that.
+
+    Returns:
+        One line that says what was done.
+
+    Raises:
+        InputError: a file or the model cannot be used, or a document is in the index already.
+    """
+    from tasks.scoring.build import append_index, scorer_of
+    from tasks.scoring.index import Index
+
+    scorer = scorer_of(Index(directory), model=model, processes=processes)
+    with _as_parquet(data, on_bad_row) as documents:
+        count = append_index(documents, directory, scorer, data=sha256_file(data), label="index")
+    return f"{count} documents added; {len(Index(directory))} in the index {directory}"
+
+
+def info(directory: Path) -> list[str]:
+    """What an index is made of, in lines."""
+    from tasks.scoring.build import APPEND
+    from tasks.scoring.index import Index
+    from tasks.scoring.store import bytes_a_document
+
+    whole = Index(directory)
+    manifest = whole.manifest
+    sketch = SketchConfig(**manifest["sketch"]) if manifest["sketch"] else None
+    scorer = manifest["scorer"]
+    lines = {"documents": f"{len(whole):,} in {len(whole.shards):,} shards; "
+                          f"{sum(shard['tokens'] for shard in manifest['shards']):,} tokens"}  # fmt: skip
+    if sketch:
+        size = bytes_a_document(whole.stored, whole.dimension)
+        lines["signatures"] = f"{whole.stored}, {size:,} bytes a document, {size * len(whole) / 1e6:,.1f} MB"
+        lines["sketch"] = (f"{sketch.kr}/{sketch.kh}/{sketch.kg}, D = {sketch.dimension:,}; λ_rh {sketch.lambda_rh:g}, "
+                           f"λ_gh {sketch.lambda_gh:g}, α {sketch.alpha:g}, seed {sketch.seed}")  # fmt: skip
+    fit = manifest.get("calibration")
+    lines["calibration"] = whole.calibration_name
+    if fit and whole.stored == "bit":
+        lines["calibration"] += f", fitted on a sample of up to {fit['documents']:,} documents (seed {fit['seed']})"
+    revision = f" at {scorer['revision']}" if scorer["revision"] else ""
+    lines["model"] = f"{scorer['model']}{revision} (digest {manifest['model'][:16]}…)"
+    lines["read"] = f"up to {manifest['max_length']} tokens, {manifest['precision']}"
+    for number, batch in enumerate(manifest["batches"]):
+        lines["build" if number == 0 else f"append {number}"] = (
+            f"{batch['documents']:,} documents in {batch['shards']:,} shards; data {batch['data'][:16]}…")
+    lines["format"] = str(manifest["format"])
+    if (directory / APPEND).exists():
+        lines["under way"] = "an append; the same command goes on with it"
+    return [f"{name:<12} {line}" for name, line in lines.items()]
+
+
+def verify(directory: Path) -> str:
+    """Recompute every checksum of an index.
+
+    Returns:
+        One line that says how much is whole.
+
+    Raises:
+        InputError: naming the first file that is missing or has changed.
+    """
+    from tasks.scoring import index
+
+    shards, documents = index.verify(directory)
+    return f"{shards} shards, {documents} documents whole"
+
+
+def attribute(
+    *, index: Path, text: str | None, queries: Path | None, data: Sequence[Path], top: int, out: Path | None,
+    model: str | None, calibration: str | None,
+) -> str:  # fmt: skip
+    """Find the documents of an index that moved its model most towards a text or a file of queries.
+
+    Args:
+        index: the index.
+        text: one query.
+        queries: a file of queries.
+        data: files that hold the documents' texts, to show their beginnings.
+        top: documents to name.
+        out: JSON to write as well: the ranking, its two channels, and a ranking a query.
+        model: where the index's model lies now; None takes the place it was read from.
+        calibration: None takes the index's own; another is fitted on the index first.
+
+    Returns:
+        A table: rank, score, its parts from RH and GH, document.
+
+    Raises:
+        InputError: a file cannot be used, the model is another one, or a query has no signature.
+    """
+    import numpy as np
+
+    from tasks.scoring import search
+    from tasks.scoring.build import query_index
+    from tasks.scoring.calibration import empty
+    from tasks.scoring.index import Index
+
+    if (text is None) == (queries is None):
+        raise InputError("give either --text or --queries")
+    whole = Index(index)
+    fitted = search.fitted_for(whole, whole.calibration_name if calibration is None else calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        documents = Path(folder) / "queries.parquet"
+        _write_queries(documents, text, queries)
+        asked = query_index(whole, documents, Path(folder) / "queries", model=model)
+        query_ids, query_QD = asked.doc_ids, np.concatenate(list(asked.blocks()))
+    for query_id, silent in zip(query_ids, empty(query_QD), strict=True):
+        if silent:
+            raise InputError(f"the query {query_id} is a single token, so nothing in it is predicted; give a longer text",
+                             file=queries, field="text")  # fmt: skip
+    hits = search.mean_pooled(whole, query_QD, top, fitted=fitted)
+    rows = _rows(hits, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), _texts(data, hits))
+    if out is not None:
+        each = search.per_query(whole, query_QD, top, fitted=fitted)
+        write_json(out, {
+            "index": str(index), "model": whole.manifest["model"], "type": whole.stored,
+            "calibration": whole.calibration_name if calibration is None else calibration, "ranking": rows,
+            "per_query": [
+                {"query_id": query_id, "ranking": [{"rank": rank, "doc_id": hit.doc_id, "score": hit.score}
+                                                   for rank, hit in enumerate(found, 1)]}
+                for query_id, found in sorted(zip(query_ids, each, strict=True), key=lambda pair: pair[0])
+            ],
+        })  # fmt: skip
+    return _table(rows)
+
+
+@contextmanager
+def _as_parquet(data: Path, on_bad_row: Any) -> Iterator[Path]:
+    """The documents of a file as the stages read them, for as long as they are needed."""
+    read = read_documents(data, on_bad_row=on_bad_row)
+    for row in read.skipped:
+        print(f"skipped: {row.file}, row {row.row}, field {row.field}: {row.problem}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        documents = Path(folder) / "documents.parquet"
+        write_documents(documents, read.table)
+        del read
+        yield documents
+
+
+def _write_queries(path: Path, text: str | None, queries: Path | None) -> None:
+    if queries is not None:
+        write_documents(path, read_documents(queries).table)
+        return
+    import pyarrow as pa
+
+    text = (text or "").strip()
+    if not text:
+        raise InputError("--text is empty")
+    row = dict(zip(COLUMNS, (content_id(text), text, None, None), strict=True))
+    write_documents(path, pa.Table.from_pylist([row], schema=pa.schema([(name, pa.string()) for name in COLUMNS])))
+
+
+def _texts(data: Sequence[Path], hits: Sequence[Hit]) -> dict[str, str]:
+    """The texts of the documents that were found, as far as the files have them."""
+    wanted = {hit.doc_id for hit in hits}
+    texts: dict[str, str] = {}
+    for path in data:
+        table = read_documents(path).table
+        pairs = zip(table.column("doc_id").to_pylist(), table.column("text").to_pylist(), strict=True)
+        texts |= {doc_id: text for doc_id, text in pairs if doc_id in wanted}
+    return texts
+
+
+def _rows(hits: Sequence[Hit], channels: list[list[float]], texts: dict[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"rank": rank, "doc_id": hit.doc_id, "score": hit.score, "rh": rh, "gh": gh,
+         **({"text": shown(texts[hit.doc_id])} if hit.doc_id in texts else {})}
+        for rank, (hit, (rh, gh)) in enumerate(zip(hits, channels, strict=True), 1)
+    ]  # fmt: skip
+
+
+def shown(text: str) -> str:
+    """The beginning of a text on one line, with whatever a terminal would act on spelled out."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text[:EXCERPT])
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [f"{'rank':>4}  {'score':>9}  {'RH':>9}  {'GH':>9}  document"]
+    for row in rows:
+        text = f"  {row['text']}" if "text" in row else ""
+        lines.append(f"{row['rank']:>4}  {row['score']:>9.5f}  {row['rh']:>9.5f}  {row['gh']:>9.5f}  "
+                     f"{shown(row['doc_id'])}{text}")  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""Whether a forward pass in int8 keeps the ranking, and whether it is faster."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from tasks.common.models import load_causal_lm, locate
+from tasks.scoring.batching import Tokenized
+from tasks.scoring.config import SketchConfig
+from tasks.scoring.engine import forward
+from tasks.scoring.readout import Readout
+from tasks.scoring.rise import Sketcher
+from tests.bench.engine import BATCH_TOKENS, SMOLLM2, demo_pool
+
+
+def _scores(model: Any, documents: Tokenized) -> tuple[np.ndarray, float]:
+    readout = Readout(model, "bench")
+    begun = time.process_time()
+    made = forward(readout, documents, range(len(documents)), batch_tokens=BATCH_TOKENS,
+                   sketcher=Sketcher(readout.head, SketchConfig()))  # fmt: skip
+    seconds = time.process_time() - begun
+    assert made.signatures is not None
+    centred = made.signatures - made.signatures.mean(axis=0)
+    # Every fifth document serves as a query: the ranking is of the others.
+    return centred @ centred[::5].mean(axis=0), seconds
+
+
+def run() -> dict[str, Any]:
+    """float32 against dynamic int8 of all linear layers but the head (torch.ao)."""
+    documents = demo_pool()
+    plain = load_causal_lm(locate(SMOLLM2), dtype=torch.float32)
+    expected, floor = _scores(plain, documents)
+    layers = {name for name, module in plain.named_modules()
+              if isinstance(module, torch.nn.Linear) and module is not plain.get_output_embeddings()}  # fmt: skip
+    quantized = torch.ao.quantization.quantize_dynamic(plain, layers, dtype=torch.qint8)
+    made, seconds = _scores(quantized, documents)
+    return {"Spearman with float32": round(float(spearmanr(expected, made).statistic), 4),
+            "CPU seconds over float32": round(seconds / floor, 3)}  # fmt: skip
