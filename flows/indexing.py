@@ -1,4 +1,4 @@
-"""``rise index …`` and ``rise attribute``: signatures on disk, and which documents moved the model most towards a text."""
+"""``rise index …`` and ``rise attribute``: signatures on disk, and the documents that moved a model towards a text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from tasks.common.config import parse
 from tasks.common.errors import InputError
 from tasks.common.files import sha256_file, write_json
+from tasks.pool.cleaning import lone_surrogate
 from tasks.pool.documents import COLUMNS, content_id, read_documents, write_documents
-from tasks.scoring.config import FitConfig, ScorerConfig, SketchConfig
+from tasks.scoring.config import FitConfig, ScorerConfig, SketchConfig, check_type
 
 if TYPE_CHECKING:
-    from tasks.scoring.index import Index
     from tasks.scoring.search import Hit
 
 EXCERPT = 80
@@ -46,13 +46,16 @@ def build(
     scorer = parse(ScorerConfig, {"model": model, "max_length": max_length, "precision": precision,
                                   "shard_tokens": shard_tokens, "processes": processes}, "options")  # fmt: skip
     name = calibration or ("median-bit" if dtype == "bit" else "none")
-    fit = None
-    if name != "none":
-        fit = parse(FitConfig, {"name": name, "documents": fit_documents}, "options")
+    fit = None if name == "none" else parse(FitConfig, {"name": name, "documents": fit_documents}, "options")
+    try:
+        check_type(dtype, name)
+    except ValueError as error:
+        raise InputError(f"--dtype {dtype} with --calibration {name}: {error}") from None
     if out.exists() and not (out / PLAN).exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("is neither empty nor an index; choose another --out", file=out)
     with _as_parquet(data, on_bad_row) as documents:
-        count = build_index(documents, out, scorer, sketch, stored=dtype, fit=fit, data=sha256_file(data), label="index")
+        count = build_index(documents, out, scorer, sketch, stored=dtype, fit=fit, data=sha256_file(data),
+                            label="index")  # fmt: skip
     return f"{count} documents in the index {out}"
 
 
@@ -162,7 +165,7 @@ def attribute(
         query_ids, query_QD = asked.doc_ids, np.concatenate(list(asked.blocks()))
     for query_id, silent in zip(query_ids, empty(query_QD), strict=True):
         if silent:
-            raise InputError(f"the query {query_id} is a single token, so nothing in it is predicted; give a longer text",
+            raise InputError(f"the query {query_id} is a single token, so nothing in it is predicted; give more text",
                              file=queries, field="text")  # fmt: skip
     hits = search.mean_pooled(whole, query_QD, top, fitted=fitted)
     rows = _rows(hits, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), _texts(data, hits))
@@ -200,8 +203,8 @@ def _write_queries(path: Path, text: str | None, queries: Path | None) -> None:
     import pyarrow as pa
 
     text = (text or "").strip()
-    if not text:
-        raise InputError("--text is empty")
+    if not text or lone_surrogate(text) is not None:
+        raise InputError("--text is empty" if not text else "--text is not UTF-8")
     row = dict(zip(COLUMNS, (content_id(text), text, None, None), strict=True))
     write_documents(path, pa.Table.from_pylist([row], schema=pa.schema([(name, pa.string()) for name in COLUMNS])))
 

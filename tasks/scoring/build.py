@@ -8,10 +8,12 @@ the median is fitted on them.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, sha256_file, write_json
 from tasks.common.models import Located, load_causal_lm, load_tokenizer, locate, torch_dtype
 from tasks.common.progress import Progress, Report
-from tasks.scoring import calibration, index
-from tasks.scoring.batching import Tokenized, shards, tokenize
+from tasks.scoring import calibration, index, store
+from tasks.scoring.batching import Tokenized, batches, shards, tokenize
 from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
 
 VERSION = 1
 """Version of what the readout computes; part of every key made from it."""
 SAMPLE = "sample"
 APPEND = "append.json"
+_PIECE = 256
+"""Documents whose float32 signatures stand in memory at once; those of one batch where that has more."""
+Losses = NDArray[np.float64] | None
 
 
 def build_index(
@@ -81,7 +87,7 @@ def build_index(
     if fit is not None and stored != "bit" and not (out / index.CALIBRATION).exists():
         dimension = sketch.dimension if sketch else 0
         whole = (index.written_shard(out, number, stored, dimension) for number in range(len(batch.plan)))
-        blocks = (block for shard in whole for block in shard.blocks())
+        blocks = (block for shard in whole for block in shard.blocks(_PIECE))
         index.write_calibration(out, calibration.fit(fit.name, blocks))
     index.finish(out, 0, len(batch.plan), made_of=_made_of(located, scorer, documents, data))
     shutil.rmtree(out / SAMPLE, ignore_errors=True)
@@ -206,14 +212,13 @@ class _Batch:
 
 def _read_batch(located: Located, documents: Path, scorer: ScorerConfig, fit: FitConfig | None) -> _Batch:
     """Read, tokenize and cut; with ``fit``, the documents whose hashed texts come first make up the first shards."""
-    table = pq.read_table(documents, columns=["doc_id", "text"])
-    doc_ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
+    doc_ids, texts = (pq.read_table(documents, columns=[name]).column(0).to_pylist() for name in ("doc_id", "text"))
     tokenized = tokenize(load_tokenizer(located), doc_ids, texts, scorer.max_length)
     groups = [tokenized]
     if fit is not None:
-        drawn = sorted((hashlib.sha256(f"{fit.seed}/{text}".encode()).hexdigest(), doc_id)
-                       for doc_id, text in zip(doc_ids, texts, strict=True))  # fmt: skip
-        sample = {doc_id for _, doc_id in drawn[: fit.documents]}
+        drawn = heapq.nsmallest(fit.documents, ((hashlib.sha256(f"{fit.seed}/{text}".encode()).digest(), doc_id)
+                                                for doc_id, text in zip(doc_ids, texts, strict=True)))  # fmt: skip
+        sample = {doc_id for _, doc_id in drawn}
         groups = [_taken(tokenized, [place for place, doc_id in enumerate(tokenized.doc_ids)
                                      if (doc_id in sample) is inside]) for inside in (True, False)]  # fmt: skip
     cuts = [[(group, places) for places in shards(group, scorer.shard_tokens)] for group in groups]
@@ -354,7 +359,7 @@ def _build_shards(
     """Make one process's share of the missing shards."""
     import torch
 
-    from tasks.scoring.engine import Pass, forward
+    from tasks.scoring.engine import forward
     from tasks.scoring.readout import Readout
     from tasks.scoring.rise import Sketcher
 
@@ -374,24 +379,44 @@ def _build_shards(
     total = sum(batch.tokens(number) for number in range(len(batch.plan)))
     done = total - sum(batch.tokens(number) for number in ahead)
 
-    def passed(number: int) -> Pass:
+    def read(number: int, into: store.Encoder) -> Losses:
+        """The forward pass over one shard; its float32 signatures stand for a few batches at a time."""
         documents, places = batch.plan[number]
-        return forward(readout, documents, places, batch_tokens=scorer.batch_tokens, sketcher=sketcher,
-                       losses=job.losses, count=progress.add)  # fmt: skip
+        losses: list[NDArray[np.float64]] = []
+        for some in _pieces(documents, places, scorer.batch_tokens):
+            made = forward(readout, documents, some, batch_tokens=scorer.batch_tokens, sketcher=sketcher,
+                           losses=job.losses, count=progress.add)  # fmt: skip
+            into.add(np.zeros((len(some), 0), dtype=np.float32) if made.signatures is None else made.signatures)
+            losses += [] if made.losses is None else [made.losses]
+        return np.concatenate(losses) if losses else None
 
-    def write(made: Pass, number: int, out: Path, name: int, **how: Any) -> None:
+    def write(out: Path, name: int, number: int, encoded: store.Encoder, losses: Losses) -> None:
         documents, places = batch.plan[number]
-        signatures = np.zeros((len(places), 0), dtype=np.float32) if made.signatures is None else made.signatures
-        index.write_shard(out, name, signatures=signatures, doc_ids=[documents.doc_ids[place] for place in places],
-                          n_tokens=documents.lengths(places), losses=made.losses, **how)  # fmt: skip
+        index.write_shard(out, name, encoded=encoded, doc_ids=[documents.doc_ids[place] for place in places],
+                          n_tokens=documents.lengths(places), losses=losses)  # fmt: skip
 
     with Progress(job.label, total, "tokens", done=done, report=report) as progress:
         for number in mine.sample:
-            write(passed(number), number, job.out / SAMPLE, number, stored="fp32")
+            encoded = store.Encoder(len(batch.plan[number][1]), "fp32")
+            losses = read(number, encoded)
+            write(job.out / SAMPLE, number, number, encoded, losses)
         fitted = _median(job, batch, missing, rank, world)
         for number in mine.shards:
-            made = _from_sample(job, number) if number < batch.sampled else None
-            write(made or passed(number), number, job.out, job.first + number, stored=job.stored, fitted=fitted)
+            encoded = store.Encoder(len(batch.plan[number][1]), job.stored, fitted)
+            sampled = number < batch.sampled and index.shard_done(job.out / SAMPLE, number)
+            losses = _from_sample(job, number, encoded) if sampled else read(number, encoded)
+            write(job.out, job.first + number, number, encoded, losses)
+
+
+def _pieces(documents: Tokenized, places: range, batch_tokens: int) -> Iterator[range]:
+    """Consecutive batches of a shard together, up to some hundred documents: the batches are those of the shard."""
+    start = stop = places.start
+    for batch in batches(documents, places, batch_tokens):
+        if stop > start and batch.stop - start > _PIECE:
+            yield range(start, stop)
+            start = stop
+        stop = batch.stop
+    yield range(start, stop)
 
 
 def _median(job: _Job, batch: _Batch, missing: _Missing, rank: int, world: int) -> calibration.MedianBit | None:
@@ -402,7 +427,7 @@ def _median(job: _Job, batch: _Batch, missing: _Missing, rank: int, world: int) 
         if world > 1:
             _wait_for_others()
         sample = [_sample_shard(job, number) for number in range(batch.sampled)]
-        fitted = calibration.fit(job.fit.name, (shard.signatures(slice(None)) for shard in sample))
+        fitted = calibration.fit(job.fit.name, (block for shard in sample for block in shard.blocks(_PIECE)))
         if rank == 0:
             index.write_calibration(job.out, fitted)
     else:
@@ -424,15 +449,12 @@ def _sample_shard(job: _Job, number: int) -> index.Shard:
     return index.written_shard(job.out / SAMPLE, number, "fp32", job.sketch.dimension if job.sketch else 0)
 
 
-def _from_sample(job: _Job, number: int) -> Any:
-    """What the forward pass made of a shard of the sample, or None where it is not kept any more."""
-    from tasks.scoring.engine import Pass
-
-    if not index.shard_done(job.out / SAMPLE, number):
-        return None
+def _from_sample(job: _Job, number: int, into: store.Encoder) -> Losses:
+    """What the forward pass over a shard of the sample made."""
     shard = _sample_shard(job, number)
-    losses = shard.documents().column("loss").to_numpy(zero_copy_only=False) if job.losses else None
-    return Pass(shard.signatures(slice(None)), losses)
+    for block in shard.blocks(_PIECE):
+        into.add(block)
+    return shard.documents().column("loss").to_numpy(zero_copy_only=False) if job.losses else None
 
 
 def _launch(job: _Job, missing: _Missing) -> None:

@@ -12,7 +12,8 @@ from tasks.common.models import Precision
 IndexType = Literal["fp32", "fp16", "int8", "bit"]
 """How a signature's values are stored: see :mod:`tasks.scoring.store`."""
 
-CALIBRATION_PATTERN = r"^(none|center|median-bit|power:(0?\.\d+|1(\.0*)?))$"
+_FITTED = r"center|median-bit|power:(0?\.\d+|1(\.0*)?)"
+CALIBRATION_PATTERN = rf"^(none|{_FITTED})$"
 """``none``, ``center``, ``power:P`` with 0 < P ≤ 1, or ``median-bit``."""
 
 
@@ -21,14 +22,12 @@ def check_type(index_type: str, calibration: str) -> None:
     if index_type == "bit" and calibration != "median-bit":
         raise ValueError(f"the type bit keeps on which side of the pool's median a value lies: its calibration is "
                          f"median-bit, not {calibration}")  # fmt: skip
-    if calibration == "median-bit" and index_type != "bit":
-        raise ValueError(f"the calibration median-bit makes one bit a coordinate: its type is bit, not {index_type}")
 
 
 class FitConfig(Config):
     """A calibration that is fitted when an index is built, and kept in it."""
 
-    name: str = Field("median-bit", pattern=CALIBRATION_PATTERN)
+    name: str = Field("median-bit", pattern=rf"^({_FITTED})$")
     """median-bit, center, or power:P (signed power P, then centre)."""
     documents: int = Field(2000, ge=1)
     """Documents of the sample that median-bit is fitted on; center and power:P are fitted on all."""

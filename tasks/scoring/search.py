@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import os
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from tasks.common.errors import InputError
 from tasks.scoring import calibration
 from tasks.scoring.bits import Agreement, pack, planes
 from tasks.scoring.calibration import Fitted, MedianBit, Signatures
-from tasks.scoring.config import SketchConfig, check_type
+from tasks.scoring.config import FitConfig, SketchConfig, check_type
 from tasks.scoring.index import Index, Shard
 
 
@@ -55,7 +57,8 @@ def score(pool: Index, queries: Index, *, calibrated: str = "none") -> Scores:
     """
     fitted = fitted_for(pool, calibrated)
     query_QD = np.concatenate(list(queries.blocks()))
-    if isinstance(fitted, MedianBit):
+    if pool.stored == "bit":
+        assert isinstance(fitted, MedianBit)  # check_type saw to it
         per_query, mean = _score_bits(pool, query_QD, fitted)
         return Scores(pool.doc_ids, mean, queries.doc_ids, per_query)
     query_QD = fitted.apply(query_QD)
@@ -70,7 +73,7 @@ def score(pool: Index, queries: Index, *, calibrated: str = "none") -> Scores:
 
 
 def fitted_for(pool: Index, calibrated: str) -> Fitted:
-    """The calibration of this name: the one that the index keeps, or one fitted on its signatures in one pass.
+    """The calibration of this name: the one that the index keeps, or one fitted on its signatures.
 
     Raises:
         InputError: it does not go with the index's type.
@@ -79,7 +82,18 @@ def fitted_for(pool: Index, calibrated: str) -> Fitted:
         check_type(pool.stored, calibrated)
     except ValueError as error:
         raise InputError(str(error), file=pool.directory) from None
-    return pool.calibration if calibrated == pool.calibration_name else calibration.fit(calibrated, pool.blocks())
+    if calibrated == pool.calibration_name:
+        return pool.calibration
+    if calibrated == calibration.MEDIAN_BIT:  # needs its signatures in memory
+        return calibration.fit(calibrated, [pool.signatures(_sample(pool, FitConfig()))])
+    return calibration.fit(calibrated, pool.blocks())
+
+
+def _sample(pool: Index, config: FitConfig) -> list[int]:
+    """Places of the documents whose hashed ids come first, in order of place."""
+    hashed = ((hashlib.sha256(f"{config.seed}/{doc_id}".encode()).digest(), place)
+              for place, doc_id in enumerate(pool.doc_ids))  # fmt: skip
+    return sorted(place for _, place in heapq.nsmallest(config.documents, hashed))
 
 
 def _score_bits(
@@ -110,7 +124,7 @@ def mean_pooled(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted 
         InputError: a file of the index has changed.
     """
     fitted = _own(index, fitted)
-    if isinstance(fitted, MedianBit):
+    if isinstance(fitted, MedianBit) and index.stored == "bit":
         return _best(index, _pooled_bits(query_QD, fitted), 1, top, index.dimension * len(query_QD))[0]
     pooled_D1 = fitted.apply(query_QD).mean(axis=0, dtype=np.float64)[:, None]
     return _best(index, _floats(pooled_D1, fitted), 1, top)[0]
@@ -119,7 +133,7 @@ def mean_pooled(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted 
 def per_query(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted | None = None) -> list[list[Hit]]:
     """For each query the ``top`` documents with the highest score; as :func:`mean_pooled`."""
     fitted = _own(index, fitted)
-    if isinstance(fitted, MedianBit):
+    if isinstance(fitted, MedianBit) and index.stored == "bit":
         return _best(index, _bits(query_QD, fitted), len(query_QD), top, index.dimension)
     return _best(index, _floats(fitted.apply(query_QD).T, fitted), len(query_QD), top)
 
@@ -133,7 +147,7 @@ def channels(
     """
     fitted = _own(index, fitted)
     phi_ND = index.signatures([hit.place for hit in hits])
-    phi_ND = phi_ND if isinstance(fitted, MedianBit) else fitted.apply(phi_ND)  # bits are calibrated as they stand
+    phi_ND = phi_ND if index.stored == "bit" else fitted.apply(phi_ND)  # bits are calibrated as they stand
     pooled_D = fitted.apply(query_QD).mean(axis=0, dtype=np.float64)
     sketch = SketchConfig(**index.manifest["sketch"])
     product_ND = phi_ND * pooled_D
@@ -143,7 +157,7 @@ def channels(
 
 def _own(index: Index, fitted: Fitted | None) -> Fitted:
     """The index's calibration where none is given; one that is given must go with the type."""
-    if fitted is not None and isinstance(fitted, MedianBit) != (index.stored == "bit"):
+    if fitted is not None and index.stored == "bit" and not isinstance(fitted, MedianBit):
         raise ValueError(f"a calibration that does not go with the type {index.stored}")
     return index.calibration if fitted is None else fitted
 
@@ -226,7 +240,7 @@ class _Best:
 
     def __init__(self, index: Index, queries: int, top: int) -> None:
         self._index, self._queries, self._top = index, queries, top
-        self._limit = max(1 << 16, 8 * queries * top)
+        self._limit = 8 * queries * top + 4096
         self._found: list[_Found] = []
         self._count = 0
         self._floor: NDArray[Any] | None = None
@@ -245,12 +259,20 @@ class _Best:
         """Take in what :meth:`select` found."""
         self._found.append(found)
         self._count += len(found[0])
-        if self._count > self._limit:
-            self._prune()
-            self._count = len(self._found[0][0])
+        if self._floor is None or self._count > self._limit:
+            self._cut()
+            if self._count > self._limit // 2:
+                self._settle()
 
-    def _prune(self) -> None:
-        query, place, value = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+    def hits(self, divisor: float) -> list[list[Hit]]:
+        """The best of each query: highest value first, ties by id; a score is a value over ``divisor``."""
+        self._cut()
+        ranked = self._settle()
+        return [[Hit(doc_id, value / divisor, place) for value, doc_id, place in some] for some in ranked]
+
+    def _cut(self) -> None:
+        """Keep what is not below the last of its query's best."""
+        query, place, value = self._joined()
         order = np.lexsort((-value, query))
         query, place, value = query[order], place[order], value[order]
         starts = np.searchsorted(query, np.arange(self._queries + 1))
@@ -258,20 +280,25 @@ class _Best:
             self._floor = value[starts[:-1] + self._top - 1]
             kept = value >= self._floor[query]
             query, place, value = query[kept], place[kept], value[kept]
-        self._found = [(query, place, value)]
-        if len(query) > self._limit // 2:
-            hits = self.hits(1.0)
-            self._found = [(
-                np.repeat(np.arange(self._queries), [len(some) for some in hits]),
-                np.array([hit.place for some in hits for hit in some], dtype=np.int64),
-                np.array([hit.score for some in hits for hit in some]).astype(value.dtype),
-            )]
+        self._keep(query, place, value)
 
-    def hits(self, divisor: float) -> list[list[Hit]]:
-        """The best of each query: highest value first, ties by id; a score is a value over ``divisor``."""
+    def _settle(self) -> list[list[tuple[Any, str, int]]]:
+        """Keep the best of each query, ties settled by id; value, id and place of each, in order."""
+        query, place, value = self._joined()
+        found: list[list[tuple[Any, str, int]]] = [[] for _ in range(self._queries)]
+        named = zip(value.tolist(), self._index.ids(place), place.tolist(), strict=True)
+        for number, entry in zip(query.tolist(), named, strict=True):
+            found[number].append(entry)
+        best = [sorted(some, key=lambda entry: (-entry[0], entry[1]))[: self._top] for some in found]
+        kept = np.array([(number, entry[2]) for number, some in enumerate(best) for entry in some], dtype=np.int64)
+        kept = kept.reshape(-1, 2)
+        values = np.array([entry[0] for some in best for entry in some], dtype=value.dtype)
+        self._keep(kept[:, 0], kept[:, 1], values)
+        return best
+
+    def _joined(self) -> _Found:
         query, place, value = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
-        found: list[list[Hit]] = [[] for _ in range(self._queries)]
-        for number, doc_id, here, points in zip(query.tolist(), self._index.ids(place), place.tolist(), value.tolist(),
-                                                strict=True):  # fmt: skip
-            found[number].append(Hit(doc_id, points / divisor, here))
-        return [sorted(some, key=lambda hit: (-hit.score, hit.doc_id))[: self._top] for some in found]
+        return query, place, value
+
+    def _keep(self, query: NDArray[np.int64], place: NDArray[np.int64], value: NDArray[Any]) -> None:
+        self._found, self._count = [(query, place, value)], len(query)

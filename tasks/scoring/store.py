@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.scoring.bits import pack, packed_bytes, unpack
-from tasks.scoring.calibration import MedianBit, Signatures, signs
+from tasks.scoring.calibration import MedianBit, Signatures, empty, signs
 from tasks.scoring.config import IndexType
 
 _FLOATS: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16}
@@ -39,11 +39,35 @@ def parts(stored: IndexType) -> list[str]:
     return ["signatures", "scales"] if stored == "int8" else ["signatures"]
 
 
-def encode(phi_ND: Signatures, stored: IndexType, fitted: MedianBit | None = None) -> dict[str, NDArray[Any]]:
-    """The arrays of a type; ``bit`` needs its fitted median.
+class Encoder:
+    """The arrays of a shard, filled a few signatures at a time: the float32 ones never stand all at once.
 
-    A bit cannot say that a signature is zero: the shard notes which are (:func:`calibration.empty`).
+    Args:
+        rows: documents of the shard.
+        stored: type.
+        fitted: the median, for ``bit``.
     """
+
+    def __init__(self, rows: int, stored: IndexType, fitted: MedianBit | None = None) -> None:
+        self._rows, self._stored, self._fitted, self._filled = rows, stored, fitted, 0
+        self.arrays: dict[str, NDArray[Any]] = {}
+        self.empty: list[int] = []
+        """Rows whose signature is zero, where the type cannot say so: a bit is one or the other."""
+
+    def add(self, phi_ND: Signatures) -> None:
+        """Encode the next signatures."""
+        rows = slice(self._filled, self._filled + len(phi_ND))
+        for name, part in encode(phi_ND, self._stored, self._fitted).items():
+            if name not in self.arrays:
+                self.arrays[name] = np.empty((self._rows, *part.shape[1:]), dtype=part.dtype)
+            self.arrays[name][rows] = part
+        if self._stored == "bit":
+            self.empty += (np.flatnonzero(empty(phi_ND)) + rows.start).tolist()
+        self._filled = rows.stop
+
+
+def encode(phi_ND: Signatures, stored: IndexType, fitted: MedianBit | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of a type; ``bit`` needs its fitted median."""
     if stored == "bit":
         if fitted is None:
             raise ValueError("bits need a fitted median")
