@@ -203,6 +203,18 @@ def status(directory: Path | None) -> None:
     print("\n".join(status_lines(directory)))
 
 
+@rise.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def bench(names: tuple[str, ...]) -> None:
+    """Run the benchmarks whose figures stand in reports/bench/, all or by NAME."""
+    import subprocess
+
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "tests" / "bench").is_dir():
+        raise InputError("the benchmarks are part of the repository; install from a checkout with pip install -e .")
+    sys.exit(subprocess.run([sys.executable, "-m", "tests.bench", *names], cwd=checkout, check=False).returncode)
+
+
 def main() -> None:
     """Entry point: exit 0 on success, 2 with one line on a usage or input error, 1 with one line on a failure."""
     try:

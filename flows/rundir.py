@@ -24,7 +24,8 @@ from tasks.common.stage import Ref
 
 CONFIG, MANIFEST, LOCK = "config.yaml", "manifest.json", ".lock"
 PACKAGES = ("rise-curation", "torch", "transformers", "accelerate", "datasets", "lm_eval", "bm25s",
-            "sentence-transformers", "datasketch", "numkong", "duckdb", "pyarrow", "numpy", "scikit-learn", "prefect")  # fmt: skip
+            "sentence-transformers", "datasketch", "numkong", "duckdb", "pyarrow", "numpy", "scikit-learn",
+            "prefect")  # fmt: skip
 """Packages whose versions a run records."""
 
 

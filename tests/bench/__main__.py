@@ -16,7 +16,7 @@ NAMES = ("engine", "growth", "search", "types", "precision", "trackstar")
 
 def main(arguments: list[str]) -> None:
     """Run the named benchmarks, or all of them."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="rise bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--out", type=Path, default=Path("reports/bench"), help="directory of the stored figures")
     given = parser.parse_args(arguments)

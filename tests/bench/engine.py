@@ -69,7 +69,7 @@ def overhead(model: Any, documents: Tokenized, *, rounds: int = 5, batches_a_rou
     @torch.inference_mode()
     def bare() -> None:
         for batch in chosen:
-            model(input_ids=padded(documents, batch), use_cache=False).logits
+            model(input_ids=padded(documents, batch), use_cache=False)
 
     def sketched() -> None:
         for batch in chosen:

@@ -18,7 +18,7 @@ SIZES = (2_000, 20_000)
 
 
 def small_model(folder: Path) -> Path:
-    """A random model in Pythia-14M's shape with SmolLM2's tokenizer: the smaller the model, the more the rest counts."""
+    """A random model in Pythia-14M's shape with SmolLM2's tokenizer: in a small model the rest counts."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

@@ -23,9 +23,14 @@ def test_an_input_error_is_one_line_and_survives_pickling() -> None:
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     write_text(path, "one")
-    with pytest.raises(ValueError, match="midway"), whole_file(path) as part:
-        part.write_text("tw")
-        raise ValueError("midway")
+
+    def stop_midway() -> None:
+        with whole_file(path) as part:
+            part.write_text("tw")
+            raise ValueError("midway")
+
+    with pytest.raises(ValueError, match="midway"):
+        stop_midway()
     assert path.read_text() == "one"
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
 
