@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from tasks.scoring.config import SketchConfig
 from tasks.scoring.engine import forward
 from tasks.scoring.readout import Readout
 from tasks.scoring.rise import Sketcher
-from tests.bench.engine import BATCH_TOKENS, SMOLLM2, demo_pool
+from tests.bench.engine import BATCH_TOKENS, SMOLLM2, demo_pool, demo_texts
 
 
 def _scores(model: Any, documents: Tokenized) -> tuple[np.ndarray, float]:
@@ -32,7 +34,8 @@ def _scores(model: Any, documents: Tokenized) -> tuple[np.ndarray, float]:
 
 def run() -> dict[str, Any]:
     """float32 against dynamic int8 of all linear layers but the head (torch.ao)."""
-    documents = demo_pool()
+    with tempfile.TemporaryDirectory() as folder:
+        documents = demo_pool(demo_texts(Path(folder)))
     plain = load_causal_lm(locate(SMOLLM2), dtype=torch.float32)
     expected, floor = _scores(plain, documents)
     layers = {name for name, module in plain.named_modules()
