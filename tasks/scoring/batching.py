@@ -90,8 +90,17 @@ def shards(documents: Tokenized, shard_tokens: int) -> list[range]:
 
 
 def batches(documents: Tokenized, shard: range, batch_tokens: int) -> list[range]:
-    """Consecutive ranges whose padded size stays within ``batch_tokens`` (or a single longer document)."""
-    return _cut(documents, shard, lambda count, longest, total: count * longest > batch_tokens)
+    """Consecutive ranges whose padded size stays within ``batch_tokens`` (or a single longer document).
+
+    A batch that is a third full ends where more than 3 % of it would be padding: among the longest documents of a pool,
+    which are few, the lengths differ most.
+    """
+
+    def too_much(count: int, longest: int, total: int) -> bool:
+        size = count * longest
+        return size > batch_tokens or (size > batch_tokens / 3 and size - total > 0.03 * size)
+
+    return _cut(documents, shard, too_much)
 
 
 def _cut(documents: Tokenized, within: range, too_much: Callable[[int, int, int], bool]) -> list[range]:
