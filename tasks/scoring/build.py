@@ -32,7 +32,7 @@ from tasks.scoring import calibration, index, store
 from tasks.scoring.batching import Tokenized, batches, shards, tokenize
 from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
 
-VERSION = 1
+VERSION = 2
 """Version of what the readout computes; part of every key made from it."""
 SAMPLE = "sample"
 APPEND = "append.json"
