@@ -131,5 +131,6 @@ def run() -> dict[str, Any]:
     return {
         "SmolLM2-135M, demo pool": overhead(model, documents),
         "SmolLM2-135M, rise index build without loading the model": whole,
-        "Pythia-14M's shape, random weights": overhead(pythia_14m(), synthetic(2000, 50304), rounds=15, batches_a_round=8),
+        "Pythia-14M's shape, random weights": overhead(pythia_14m(), synthetic(2000, 50304), rounds=15,
+                                                       batches_a_round=8),
     }
