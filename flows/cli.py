@@ -90,8 +90,8 @@ def _signature_options(command: Command) -> Command:
 @click.option("--out", required=True, type=FILE, help="Parquet to write: doc_id, score, rank.")
 @click.option("--per-query", type=FILE, help="Parquet to write as well: query_id, doc_id, score.")
 @click.option("--method", type=click.Choice(METHODS), default="rise", show_default=True)
-@click.option("--calibration", default="none", show_default=True, help="none, center, power:P, or median-bit (with "
-              "--dtype bit); fitted on the pool.")  # fmt: skip
+@click.option("--calibration", default="none", show_default=True, help="none, center, power:P, or median-bit (the only "
+              "one of --dtype bit); fitted on the pool.")  # fmt: skip
 @_signature_options
 def score(**options: Any) -> None:
     """Score a pool of documents against a set of queries.
