@@ -18,7 +18,7 @@ from tasks.common.errors import InputError
 from tasks.common.models import locate
 from tests.bench.engine import SMOLLM2
 
-DOCUMENTS, QUERIES = 200, 10
+DOCUMENTS, QUERIES = 1_000, 40
 
 TRACKSTAR = """
 import sys
