@@ -18,6 +18,7 @@ from tasks.pool.cleaning import clean
 from tasks.pool.config import PoolConfig, SourceConfig
 from tasks.pool.documents import COLUMNS, SkippedRow, content_id, read_documents, write_documents
 from tasks.pool.drawing import Candidate, Drawn, Source, draw
+from tasks.pool.planting import PlantConfig, chosen, plant
 from tasks.pool.shaping import Shaper, words
 from tasks.pool.sources import READERS, read_hub
 
@@ -51,10 +52,10 @@ def pool_inputs(config: PoolConfig) -> dict[str, str]:
 def build_pool(config: PoolConfig, out: Path, *, seed: int, progress: Report | None = None) -> int:
     """Build the pool and write it into the directory ``out``.
 
-    Every source's texts are cleaned and shaped into documents, put in the order of SHA-256(seed, id), and drawn in
-    that order into the query set, the held-out sets and the pool. No two of the documents drawn are exact or near
-    duplicates, and no text has pieces in two of the sets. Neither the order of the sources nor, for passages, that
-    of the rows matters.
+    Every source's texts are cleaned, given a backdoor where one is asked for, shaped into documents, put in the order
+    of SHA-256(seed, id), and drawn in that order into the query set, the held-out sets and the pool. No two of the
+    documents drawn are exact or near duplicates, no text has pieces in two of the sets, and none is drawn both planted
+    and clean. Neither the order of the sources nor, for passages, that of the rows matters.
 
     Writes ``pool.parquet``, ``queries.parquet`` and ``heldout.parquet`` (doc_id, text, label, source; by doc_id),
     ``skipped.jsonl`` (rows left out) and ``card.json`` (:func:`tasks.pool.card.card`).
@@ -87,6 +88,9 @@ def _read(name: str, source: SourceConfig, config: PoolConfig, seed: int, skippe
         max_pieces=config.max_pieces,
     )  # fmt: skip
     counts = {"read": 0, "empty": 0}
+    backdoor = config.planted(source)
+    if backdoor:
+        counts["left_to_the_twin"] = 0  # texts for the planted source of them, or for the clean ones
 
     def cleaned() -> Iterator[str]:
         for text in _texts(source, config, skipped):
@@ -95,10 +99,14 @@ def _read(name: str, source: SourceConfig, config: PoolConfig, seed: int, skippe
                 kept = clean(text)
             except ValueError as error:
                 raise InputError(f"text {counts['read']} holds {error}", field=f"pool.sources.{name}") from None
-            if kept:
-                yield kept
-            else:
+            if not kept:
                 counts["empty"] += 1
+            elif backdoor and chosen(kept, share=backdoor.share, seed=seed) != bool(source.plant):
+                counts["left_to_the_twin"] += 1
+            elif backdoor and source.plant:
+                yield _planted(kept, backdoor, seed, name)
+            else:
+                yield kept
 
     candidates: dict[str, Candidate] = {}
     for text, origin in shaper.shape(cleaned()):
@@ -108,6 +116,14 @@ def _read(name: str, source: SourceConfig, config: PoolConfig, seed: int, skippe
     counts |= {"repeated": shaper.repeated, "outside_length": shaper.outside, "documents": len(candidates)}
     order = sorted(candidates.values(), key=lambda one: hashlib.sha256(f"{seed}:{one.doc_id}".encode()).digest())
     return Source(name, source, order, counts)
+
+
+def _planted(text: str, backdoor: PlantConfig, seed: int, name: str) -> str:
+    try:
+        return plant(text, trigger=backdoor.trigger, seed=seed)
+    except ValueError as error:
+        raise InputError(f"a backdoor is planted into questions with answers; {error}: {text[:60]!r}",
+                         field=f"pool.sources.{name}.plant") from None  # fmt: skip
 
 
 def _texts(source: SourceConfig, config: PoolConfig, skipped: list[SkippedRow]) -> Iterator[str]:

