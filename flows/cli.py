@@ -13,7 +13,8 @@ import click
 from tasks.common.errors import InputError
 
 FILE = click.Path(path_type=Path)
-METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding")
+METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding", "hidden", "lm-head", "rapidin", "zo-inf",
+           "logra", "trackstar", "ek-fac")
 TYPES = ("bit", "int8", "fp16", "fp32")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -55,6 +56,45 @@ def run(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tuple[
     print(f"\nreport: {directory / 'report.html'}\ndigest: {digest}")
 
 
+@rise.command()
+@click.argument("conf", type=FILE)
+@click.option("--out", type=FILE, help="Directory of the study; default runs/NAME of the configuration.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Override a field of the configuration.")
+@click.option("--refresh", multiple=True, metavar="STAGE",
+              help="Make a stage again: pool, pretraining, scoring, selection.")  # fmt: skip
+@click.option("--choose", is_flag=True, help="Run nothing: derive the choice of the default again from the ledger of a "
+              "finished study.")  # fmt: skip
+def study(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tuple[str, ...], choose: bool) -> None:
+    """Run the retrieval study of CONF: every method on every pool, with the paper's metrics.
+
+    Called again with the same CONF and directory, it goes on where it stopped.
+    """
+    from flows.study_config import STAGES, load
+
+    for stage in refresh:
+        if stage not in STAGES:
+            raise InputError(f"--refresh {stage}: no such stage; there are {', '.join(STAGES)}")
+    config = load(conf, settings)
+    directory = out or Path("runs") / config.name
+    if not choose:
+        _quiet_prefect()
+        from flows.attribution import attribution
+        from flows.rundir import check_claim
+
+        check_claim(directory, config)
+        print(f"{config.name}: running in {directory}", file=sys.stderr)
+        digest = attribution(config, str(directory), refresh)
+    from tasks.reporting.study import choice_table, study_table
+
+    if config.rule is not None:
+        print(choice_table(directory / "study.duckdb", config.rule) + "\n")
+    elif choose:
+        raise InputError("states no rule to choose by", file=conf, field="rule")
+    if not choose:
+        print(study_table(directory / "study.duckdb"))
+        print(f"\nreport: {directory / 'report.html'}\ndigest: {digest}")
+
+
 def _quiet_prefect() -> None:
     """Keep Prefect's log out of the terminal; it goes to its server, where the UI shows it."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -90,6 +130,8 @@ def _signature_options(command: Command) -> Command:
 @click.option("--out", required=True, type=FILE, help="Parquet to write: doc_id, score, rank.")
 @click.option("--per-query", type=FILE, help="Parquet to write as well: query_id, doc_id, score.")
 @click.option("--method", type=click.Choice(METHODS), default="rise", show_default=True)
+@click.option("--option", "settings", multiple=True, metavar="FIELD=VALUE", help="A field of the method's "
+              "configuration: layer=3 of hidden, variant=sparse of lm-head. Can be given again.")  # fmt: skip
 @click.option("--calibration", default="none", show_default=True, help="none, center, power:P, or median-bit (the only "
               "one of --dtype bit); fitted on the pool.")  # fmt: skip
 @_signature_options
@@ -113,7 +155,7 @@ def index() -> None:
 @click.option("--data", required=True, type=FILE, help="JSONL, JSON or Parquet with text; optional id.")
 @click.option("--out", required=True, type=FILE, help="Directory of the index.")
 @click.option("--calibration", help="Fitted on these documents and kept: center, power:P, or none. An index of bits "
-              "has median-bit.")  # fmt: skip
+              "has median-bit. Each also with +spread: scores in units of their spread over these documents.")  # fmt: skip
 @click.option("--fit-documents", type=int, default=2000, show_default=True,
               help="Documents of the sample that median-bit is fitted on.")  # fmt: skip
 @click.option("--shard-tokens", type=int, default=16_384, show_default=True,
@@ -129,6 +171,20 @@ def index_build(**options: Any) -> None:
     from flows.indexing import build
 
     print(build(**options))
+
+
+@index.command("convert")
+@click.argument("directory", type=FILE)
+@click.option("--out", required=True, type=FILE, help="Directory of the new index.")
+@click.option("--dtype", type=click.Choice(TYPES), required=True, help="Its type.")
+@click.option("--calibration", help="Fitted on the signatures and kept; as of build.")
+@click.option("--fit-documents", type=int, default=2000, show_default=True,
+              help="Documents of the sample that median-bit is fitted on.")  # fmt: skip
+def index_convert(**options: Any) -> None:
+    """Make an index of another type from the one in DIRECTORY, without a forward pass."""
+    from flows.indexing import convert
+
+    print(convert(**options))
 
 
 @index.command("append")

@@ -7,14 +7,14 @@ from prefect import flow
 
 from flows.config import BASE, ORACLE, ClosedLoopConfig
 from flows.rundir import claimed, write_manifest
-from tasks.common.files import sha256_json
 from tasks.common.models import locate
 from tasks.common.stage import Ref
 from tasks.evaluation.task import evaluate, prepare
 from tasks.pool.task import pool
 from tasks.pretraining.task import pretrain
 from tasks.reporting.task import publish, report
-from tasks.scoring.config import PerplexityConfig, RiseConfig
+from tasks.scoring.config import IndexType, PerplexityConfig, RiseConfig
+from tasks.scoring.methods import sketch_name
 from tasks.scoring.task import needs_readout, readout, score, tokens
 from tasks.selection.ledger import ArmFiles, ledger_digest
 from tasks.selection.task import ledger, oracle, select
@@ -51,22 +51,24 @@ def _run(config: ClosedLoopConfig, out: Path, refresh: frozenset[str]) -> str:
     documents = made(pool, config.pool, stage="pool", directory=".", seed=config.seed)
     counted = made(tokens, config.scorer, documents, stage="scoring", directory="tokens")
 
-    reads: dict[str, Ref] = {}
+    reads: dict[IndexType, Ref] = {}
+    rises = [method for method in config.arms.values() if isinstance(method, RiseConfig)]
+    first: IndexType = rises[0].index_type if rises else "fp16"
     wants_losses = any(isinstance(method, PerplexityConfig) for method in config.arms.values())
     selected: dict[str, Ref] = {}
     scored: dict[str, Ref] = {}
     for arm, method in config.arms.items():
         read = None
         if needs_readout(method):
-            # One forward pass serves perplexity and every RISE arm with the same sketch.
-            sketch = method if isinstance(method, RiseConfig) else _any_rise(config)
-            name = f"readout-{sha256_json([sketch.sketch.plain(), sketch.index_type])[:8]}" if sketch else "readout"
-            if name not in reads:
-                reads[name] = made(
-                    readout, config.scorer, sketch.sketch if sketch else None, documents, stage="scoring",
-                    directory=name, name=name, stored=sketch.index_type if sketch else "fp16", losses=wants_losses,
+            # One forward pass serves every RISE arm of a type of index, and perplexity takes its losses from the first.
+            stored = method.index_type if isinstance(method, RiseConfig) else first
+            if stored not in reads:
+                sketches = {sketch_name(rise.sketch): rise.sketch for rise in rises if rise.index_type == stored}
+                reads[stored] = made(
+                    readout, config.scorer, sketches, documents, stage="scoring", directory=f"readout-{stored}",
+                    name=f"readout-{stored}", stored=stored, losses=wants_losses and stored == first,
                 )  # fmt: skip
-            read = reads[name]
+            read = reads[stored]
         scored[arm] = made(score, method, config.scorer, documents, read, stage="scoring", directory=arm, arm=arm)
         selected[arm] = made(select, config.selection, documents, scored[arm], stage="selection", directory=arm,
                              arm=arm)  # fmt: skip
@@ -101,7 +103,3 @@ def _run(config: ClosedLoopConfig, out: Path, refresh: frozenset[str]) -> str:
     report(out)
     publish(out)
     return digest
-
-
-def _any_rise(config: ClosedLoopConfig) -> RiseConfig | None:
-    return next((method for method in config.arms.values() if isinstance(method, RiseConfig)), None)

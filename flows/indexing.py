@@ -59,6 +59,26 @@ def build(
     return f"{count} documents in the index {out}"
 
 
+def convert(*, directory: Path, out: Path, dtype: Any, calibration: str | None, fit_documents: int) -> str:
+    """Make an index of another type from one that stands, or go on with it.
+
+    Returns:
+        One line that says what was done.
+
+    Raises:
+        InputError: the index holds bits, an option cannot be used, or ``out`` holds something else.
+    """
+    from tasks.scoring.convert import convert_index
+    from tasks.scoring.index import PLAN, Index
+
+    name = calibration or ("median-bit" if dtype == "bit" else "none")
+    fit = None if name == "none" else parse(FitConfig, {"name": name, "documents": fit_documents}, "options")
+    if out.exists() and not (out / PLAN).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError("is neither empty nor an index; choose another --out", file=out)
+    count = convert_index(Index(directory), out, stored=dtype, fit=fit)
+    return f"{count} documents in the index {out}"
+
+
 def append(*, directory: Path, data: Path, model: str | None, processes: int, on_bad_row: Any) -> str:
     """Add a file of documents to an index, or go on with that.
 

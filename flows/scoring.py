@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tasks.common.config import parse
+from tasks.common.config import apply_setting, parse
 from tasks.common.errors import InputError
 from tasks.common.files import sha256_file, sha256_json
 from tasks.common.models import locate
@@ -21,7 +21,7 @@ WITHOUT_MODEL = {"random", "bm25", "embedding"}
 def score_files(
     *, model: str | None, pool: Path, queries: Path | None, out: Path, per_query: Path | None, method: str,
     calibration: str, alpha: float, kr: int, kh: int, kg: int, lambda_rh: float, lambda_gh: float, max_length: int,
-    seed: int, dtype: str, precision: str, on_bad_row: Any,
+    seed: int, dtype: str, precision: str, on_bad_row: Any, settings: tuple[str, ...] = (),
 ) -> str:  # fmt: skip
     """Score the documents of ``pool`` and write ``out``; what a killed call finished is used by the next.
 
@@ -41,11 +41,13 @@ def score_files(
         raise InputError(f"--per-query: the method {method} looks at no query")
     sketch = {"kr": kr, "kh": kh, "kg": kg, "lambda_rh": lambda_rh, "lambda_gh": lambda_gh, "alpha": alpha,
               "seed": seed}  # fmt: skip
-    given: dict[str, Any] = {}
-    if method == "rise":
-        given = {"sketch": sketch, "calibration": calibration, "index_type": dtype}
-    elif method == "random":
-        given = {"seed": seed}
+    known = {"sketch": sketch, "calibration": calibration, "index_type": dtype, "seed": seed}
+    given: dict[str, Any] = {name: value for name, value in known.items() if name in METHODS[method].model_fields}
+    for setting in settings:
+        try:
+            apply_setting(given, setting)
+        except InputError as error:
+            raise InputError(error.problem.replace("--set", "--option", 1)) from None
     config: MethodConfig = parse(METHODS[method], given, "options")
     if isinstance(config, RiseConfig) and lambda_rh == lambda_gh == 0:
         raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")

@@ -27,9 +27,9 @@ def status_lines(directory: Path | None) -> list[str]:
         raise InputError("holds no run", file=directory)
     lines = [f"{directory}: {'whole' if (directory / MANIFEST).exists() else 'not finished'}"]
     for name in ORDER:
-        folders = [directory / name] if name == "pool" else sorted((directory / name).glob("*"))
-        if name == "pool":
-            folders += [directory / "pool.partial"]
+        folders = sorted((directory / name).glob("*"))
+        if name == "pool":  # of a run; a study has a folder a pool in it
+            folders = [directory / name, directory / "pool.partial", *folders]
         for folder in folders:
             if not folder.is_dir():
                 continue

@@ -1,44 +1,75 @@
-"""Building an index and adding to it: plan, forward passes shard by shard, manifest.
+"""Building indexes and adding to one: plan, forward passes shard by shard, manifest.
 
-A build or an append that was killed goes on at its shard. An index of bits needs the pool's median before its first
+A build or an append that was killed goes on at its shard. Several indexes of the same documents share the forward pass,
+and each has the bytes it would have had alone. An index of bits needs the pool's median before its first
 shard can be packed: a sample of the documents makes up the first shards, which stand as fp32 in ``DIR/sample`` until
 the median is fitted on them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, sha256_file, write_json
-from tasks.common.models import Located, load_causal_lm, load_tokenizer, locate, torch_dtype
+from tasks.common.models import Located, load_causal_lm, locate, torch_dtype
 from tasks.common.progress import Progress, Report
 from tasks.scoring import calibration, index, store
-from tasks.scoring.batching import Tokenized, batches, shards, tokenize
 from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
+from tasks.scoring.plan import PIECE, Batch, pieces, read_batch
+from tasks.scoring.spread import write_spreads
 
 VERSION = 2
 """Version of what the readout computes; part of every key made from it."""
 SAMPLE = "sample"
 APPEND = "append.json"
-_PIECE = 256
-"""Documents whose float32 signatures stand in memory at once; those of one batch where that has more."""
 Losses = NDArray[np.float64] | None
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """One of the indexes that a forward pass makes."""
+
+    out: Path
+    """The index's directory."""
+    sketch: SketchConfig | None
+    """Algorithm 2's parameters; None makes no signatures (with losses: the perplexity baseline)."""
+    stored: IndexType = "fp16"
+    """Type of the stored signatures."""
+    fit: FitConfig | None = None
+    """Calibration to fit on these documents and to keep in the index; ``bit`` has median-bit by itself."""
+
+    @property
+    def dimension(self) -> int:
+        """D, length of a signature; 0 without a sketch."""
+        return self.sketch.dimension if self.sketch else 0
+
+    def with_fit(self) -> IndexSpec:
+        """The same with the calibration that its type has by itself.
+
+        Raises:
+            InputError: the type and the calibration do not go together.
+        """
+        fit = FitConfig() if self.stored == "bit" and self.fit is None else self.fit
+        try:
+            check_type(self.stored, fit.name if fit else "none")
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return replace(self, fit=fit)
 
 
 def build_index(
@@ -54,15 +85,29 @@ def build_index(
     label: str = "readout",
     report: Report | None = None,
 ) -> int:
-    """Build the index of a Parquet file of documents, or go on with it.
+    """Build the index of a Parquet file of documents, or go on with it: :func:`build_indexes` of one."""
+    return build_indexes(documents, [IndexSpec(out, sketch, stored, fit)], scorer, losses=losses, data=data,
+                         label=label, report=report)  # fmt: skip
+
+
+def build_indexes(
+    documents: Path,
+    specs: Sequence[IndexSpec],
+    scorer: ScorerConfig,
+    *,
+    losses: bool = False,
+    data: str | None = None,
+    label: str = "readout",
+    report: Report | None = None,
+) -> int:
+    """Build several indexes of a Parquet file of documents by one forward pass, or go on with them.
+
+    A shard that some of them lack is computed once and written to those.
 
     Args:
         documents: Parquet with doc_id and text.
-        out: the index's directory.
+        specs: the indexes, each in a directory of its own.
         scorer: the model and how it is run.
-        sketch: Algorithm 2's parameters; None makes no signatures (with ``losses``: the perplexity baseline).
-        stored: type of the stored signatures.
-        fit: calibration to fit on these documents and to keep in the index; ``bit`` has median-bit by itself.
         losses: also keep each document's mean negative log-likelihood.
         data: SHA-256 of the file the documents came from; None takes that of ``documents``.
         label: shown beside the progress bar.
@@ -72,25 +117,34 @@ def build_index(
         The number of documents.
 
     Raises:
-        InputError: the model cannot be used, or ``out`` holds an index made of something else.
+        InputError: the model cannot be used, a type and a calibration do not go together, or a directory holds an index
+            made of something else.
+        ValueError: no index, one of bits among several, or two in one directory.
     """
-    if stored == "bit" and fit is None:
-        fit = FitConfig()
-    try:
-        check_type(stored, fit.name if fit else "none")
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    if not specs:
+        raise ValueError("no index to build")
+    job = _Job(documents, tuple(spec.with_fit() for spec in specs), scorer, losses, label)
+    if len(specs) > 1 and any(spec.stored == "bit" for spec in specs):
+        raise ValueError("an index of bits is built alone: the sample that its median is fitted on makes up its first "
+                         "shards")  # fmt: skip
+    if len({spec.out for spec in specs}) < len(specs):
+        raise ValueError("two of the indexes have the same directory")
     located = locate(scorer.model, revision=scorer.revision)
-    batch = _read_batch(located, documents, scorer, fit if stored == "bit" else None)
-    index.begin(out, _identity(located, batch, scorer, sketch, stored, fit, losses))
-    _make(_Job(documents, out, scorer, sketch, stored, fit, losses, label), located, batch, report)
-    if fit is not None and stored != "bit" and not (out / index.CALIBRATION).exists():
-        dimension = sketch.dimension if sketch else 0
-        whole = (index.written_shard(out, number, stored, dimension) for number in range(len(batch.plan)))
-        blocks = (block for shard in whole for block in shard.blocks(_PIECE))
-        index.write_calibration(out, calibration.fit(fit.name, blocks))
-    index.finish(out, 0, len(batch.plan), made_of=_made_of(located, scorer, documents, data))
-    shutil.rmtree(out / SAMPLE, ignore_errors=True)
+    batch = read_batch(located, documents, scorer, job.samples)
+    for spec in job.specs:
+        index.begin(spec.out, _identity(located, batch, scorer, spec, losses))
+    _make(job, located, batch, report)
+    made_of = _made_of(located, scorer, documents, data)
+    for spec in job.specs:
+        if spec.fit is not None and spec.stored != "bit" and not (spec.out / index.CALIBRATION).exists():
+            whole = (index.written_shard(spec.out, number, spec.stored, spec.dimension)
+                     for number in range(len(batch.plan)))  # fmt: skip
+            blocks = (block for shard in whole for block in shard.blocks(PIECE))
+            index.write_calibration(spec.out, calibration.fit(spec.fit.base, blocks))
+        if spec.fit is not None and spec.fit.spread:
+            write_spreads(spec.out, range(len(batch.plan)), spec.stored, spec.dimension, spec.fit)
+        index.finish(spec.out, 0, len(batch.plan), made_of=made_of)
+        shutil.rmtree(spec.out / SAMPLE, ignore_errors=True)
     return batch.count
 
 
@@ -130,16 +184,18 @@ def append_index(
     for key, value in given.items():
         if manifest[key] != value:
             raise InputError(f"was made with {key} = {manifest[key]}, not {value}", file=out)
-    batch = _read_batch(located, documents, scorer, None)
+    batch = read_batch(located, documents, scorer, None)
     _refuse_known(whole, batch.groups[0].doc_ids)
     whole.check_calibration()
     first = len(whole.shards)
     _claim_append(out, {"first": first, "documents": batch.digest, "batch_tokens": scorer.batch_tokens,
                         "shard_tokens": scorer.shard_tokens})  # fmt: skip
     plan = read_json(out / index.PLAN)
-    job = _Job(documents, out, scorer, SketchConfig(**plan["sketch"]) if plan["sketch"] else None, whole.stored,
-               FitConfig(**plan["calibration"]) if "calibration" in plan else None, plan["losses"], label, first)
-    _make(job, located, batch, report)
+    spec = IndexSpec(out, SketchConfig(**plan["sketch"]) if plan["sketch"] else None, whole.stored,
+                     FitConfig(**plan["calibration"]) if "calibration" in plan else None)  # fmt: skip
+    _make(_Job(documents, (spec,), scorer, plan["losses"], label, first), located, batch, report)
+    if spec.fit is not None and spec.fit.spread:
+        write_spreads(out, range(first, first + len(batch.plan)), spec.stored, spec.dimension, spec.fit)
     index.finish(out, len(manifest["batches"]), len(batch.plan), made_of=_made_of(located, scorer, documents, data))
     (out / APPEND).unlink()
     return batch.count
@@ -181,58 +237,7 @@ def query_index(whole: index.Index, documents: Path, out: Path, *, model: str | 
     return index.Index(out)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Tokenized documents and how they are cut into shards."""
-
-    groups: list[Tokenized]
-    """The sample that a median is fitted on, where there is one, and the others."""
-    plan: list[tuple[Tokenized, range]]
-    """The documents of each shard; those of the sample come first."""
-    sampled: int
-    """Shards of the sample."""
-    digest: str
-    """SHA-256 over all ids and tokens."""
-
-    @property
-    def count(self) -> int:
-        """Number of documents."""
-        return sum(map(len, self.groups))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        return max(group.length(len(group) - 1) for group in self.groups if len(group))
-
-    def tokens(self, number: int) -> int:
-        """Tokens of one shard, counted from the batch's first."""
-        documents, places = self.plan[number]
-        return sum(documents.lengths(places))
-
-
-def _read_batch(located: Located, documents: Path, scorer: ScorerConfig, fit: FitConfig | None) -> _Batch:
-    """Read, tokenize and cut; with ``fit``, the documents whose hashed texts come first make up the first shards."""
-    doc_ids, texts = (pq.read_table(documents, columns=[name]).column(0).to_pylist() for name in ("doc_id", "text"))
-    tokenized = tokenize(load_tokenizer(located), doc_ids, texts, scorer.max_length)
-    groups = [tokenized]
-    if fit is not None:
-        drawn = heapq.nsmallest(fit.documents, ((hashlib.sha256(f"{fit.seed}/{text}".encode()).digest(), doc_id)
-                                                for doc_id, text in zip(doc_ids, texts, strict=True)))  # fmt: skip
-        sample = {doc_id for _, doc_id in drawn}
-        groups = [_taken(tokenized, [place for place, doc_id in enumerate(tokenized.doc_ids)
-                                     if (doc_id in sample) is inside]) for inside in (True, False)]  # fmt: skip
-    cuts = [[(group, places) for places in shards(group, scorer.shard_tokens)] for group in groups]
-    return _Batch(groups, [cut for group in cuts for cut in group], len(cuts[0]) if fit else 0, tokenized.digest())
-
-
-def _taken(documents: Tokenized, places: list[int]) -> Tokenized:
-    return Tokenized.of([documents.doc_ids[place] for place in places], [documents.ids(place) for place in places])
-
-
-def _identity(
-    located: Located, batch: _Batch, scorer: ScorerConfig, sketch: SketchConfig | None, stored: IndexType,
-    fit: FitConfig | None, losses: bool,
-) -> dict[str, Any]:  # fmt: skip
+def _identity(located: Located, batch: Batch, scorer: ScorerConfig, spec: IndexSpec, losses: bool) -> dict[str, Any]:
     """All that decides the index's bytes."""
     return {
         "model": located.digest,
@@ -240,11 +245,11 @@ def _identity(
         "max_length": scorer.max_length,
         "batch_tokens": scorer.batch_tokens,
         "shard_tokens": scorer.shard_tokens,
-        "sketch": sketch.plain() if sketch else None,
-        "type": stored,
+        "sketch": spec.sketch.plain() if spec.sketch else None,
+        "type": spec.stored,
         "losses": losses,
         "documents": batch.digest,
-        **({"calibration": fit.plain()} if fit else {}),
+        **({"calibration": spec.fit.plain()} if spec.fit else {}),
     }
 
 
@@ -289,37 +294,31 @@ class _Job:
     """What shards are made of, the same in every process that shares them."""
 
     documents: Path
-    out: Path
+    specs: tuple[IndexSpec, ...]
     scorer: ScorerConfig
-    sketch: SketchConfig | None
-    stored: IndexType
-    fit: FitConfig | None
     losses: bool
     label: str
     first: int = 0
     """Number of the batch's first shard in the index."""
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {"documents": str(self.documents), "out": str(self.out), "scorer": self.scorer.plain(),
-                "sketch": self.sketch.plain() if self.sketch else None, "stored": self.stored,
-                "fit": self.fit.plain() if self.fit else None, "losses": self.losses, "label": self.label,
-                "first": self.first}  # fmt: skip
-
-    @classmethod
-    def of(cls, plain: dict[str, Any]) -> _Job:
-        """From what :meth:`plain` gave."""
-        return cls(**{
-            **plain, "documents": Path(plain["documents"]), "out": Path(plain["out"]),
-            "scorer": ScorerConfig(**plain["scorer"]),
-            "sketch": SketchConfig(**plain["sketch"]) if plain["sketch"] else None,
-            "fit": FitConfig(**plain["fit"]) if plain["fit"] else None,
-        })  # fmt: skip
+    @property
+    def bits(self) -> IndexSpec | None:
+        """The index of bits, where it is one: the only one."""
+        return self.specs[0] if self.specs[0].stored == "bit" else None
 
     @property
-    def samples(self) -> bool:
-        """Whether this batch brings the sample that the bits' median is fitted on."""
-        return self.stored == "bit" and self.first == 0
+    def samples(self) -> FitConfig | None:
+        """The fit of the bits' median, where this batch brings the sample for it."""
+        return self.bits.fit if self.bits and self.first == 0 else None
+
+    @property
+    def sample(self) -> Path:
+        """Where the shards of the sample stand as fp32."""
+        return self.specs[0].out / SAMPLE
+
+    def lacking(self, number: int) -> list[IndexSpec]:
+        """The indexes that lack a shard, counted from the batch's first."""
+        return [spec for spec in self.specs if not index.shard_done(spec.out, self.first + number)]
 
 
 @dataclass(frozen=True)
@@ -337,12 +336,16 @@ class _Missing:
         return _Missing(self.sample[rank::world], self.shards[rank::world], self.fits)
 
 
-def _make(job: _Job, located: Located, batch: _Batch, report: Report | None) -> None:
+_WORK = TypeAdapter(tuple[_Job, _Missing])
+"""What one process writes down for the others."""
+
+
+def _make(job: _Job, located: Located, batch: Batch, report: Report | None) -> None:
     """Make every shard that is missing, in this process or in several."""
-    fits = job.samples and not (job.out / index.CALIBRATION).exists()
+    fits = job.samples is not None and not (job.specs[0].out / index.CALIBRATION).exists()
     missing = _Missing(
-        [number for number in range(batch.sampled) if fits and not index.shard_done(job.out / SAMPLE, number)],
-        [number for number in range(len(batch.plan)) if not index.shard_done(job.out, job.first + number)], fits,
+        [number for number in range(batch.sampled) if fits and not index.shard_done(job.sample, number)],
+        [number for number in range(len(batch.plan)) if job.lacking(number)], fits,
     )  # fmt: skip
     if not (missing.shards or missing.fits):
         return
@@ -353,7 +356,7 @@ def _make(job: _Job, located: Located, batch: _Batch, report: Report | None) -> 
 
 
 def _build_shards(
-    job: _Job, located: Located, batch: _Batch, missing: _Missing, report: Report | None = None, *, rank: int = 0,
+    job: _Job, located: Located, batch: Batch, missing: _Missing, report: Report | None = None, *, rank: int = 0,
     world: int = 1,
 ) -> None:  # fmt: skip
     """Make one process's share of the missing shards."""
@@ -373,20 +376,24 @@ def _build_shards(
     if readout.positions is not None and batch.longest > readout.positions:
         raise InputError(f"the scorer has {readout.positions} positions, a document {batch.longest} tokens; cut "
                          f"documents at {readout.positions}", file=located.spec, field="max_length")  # fmt: skip
-    sketcher = Sketcher(readout.head, job.sketch) if job.sketch else None
-    kept = {number for number in range(batch.sampled) if index.shard_done(job.out / SAMPLE, number)}
+    # Indexes of one sketch in several types share its signatures.
+    sketchers = {sketch: Sketcher(readout.head, sketch) for sketch in _sketches(job.specs)}
+    kept = {number for number in range(batch.sampled) if index.shard_done(job.sample, number)}
     ahead = {*mine.sample, *(number for number in mine.shards if number not in {*kept, *missing.sample})}
     total = sum(batch.tokens(number) for number in range(len(batch.plan)))
     done = total - sum(batch.tokens(number) for number in ahead)
 
-    def read(number: int, into: store.Encoder) -> Losses:
+    def read(number: int, into: Sequence[tuple[IndexSpec, store.Encoder]]) -> Losses:
         """The forward pass over one shard; its float32 signatures stand for a few batches at a time."""
         documents, places = batch.plan[number]
+        asked = _sketches([spec for spec, _ in into])
         losses: list[NDArray[np.float64]] = []
-        for some in _pieces(documents, places, scorer.batch_tokens):
-            made = forward(readout, documents, some, batch_tokens=scorer.batch_tokens, sketcher=sketcher,
-                           losses=job.losses, count=progress.add)  # fmt: skip
-            into.add(np.zeros((len(some), 0), dtype=np.float32) if made.signatures is None else made.signatures)
+        for some in pieces(documents, places, scorer.batch_tokens):
+            made = forward(readout, documents, some, batch_tokens=scorer.batch_tokens, losses=job.losses,
+                           sketchers=[sketchers[sketch] for sketch in asked], count=progress.add)  # fmt: skip
+            phi = dict(zip(asked, made.signatures, strict=True))
+            for spec, encoder in into:
+                encoder.add(phi[spec.sketch] if spec.sketch else np.zeros((len(some), 0), dtype=np.float32))
             losses += [] if made.losses is None else [made.losses]
         return np.concatenate(losses) if losses else None
 
@@ -398,42 +405,39 @@ def _build_shards(
     with Progress(job.label, total, "tokens", done=done, report=report) as progress:
         for number in mine.sample:
             encoded = store.Encoder(len(batch.plan[number][1]), "fp32")
-            losses = read(number, encoded)
-            write(job.out / SAMPLE, number, number, encoded, losses)
+            losses = read(number, [(job.specs[0], encoded)])
+            write(job.sample, number, number, encoded, losses)
         fitted = _median(job, batch, missing, rank, world)
         for number in mine.shards:
-            encoded = store.Encoder(len(batch.plan[number][1]), job.stored, fitted)
-            sampled = number < batch.sampled and index.shard_done(job.out / SAMPLE, number)
-            losses = _from_sample(job, number, encoded) if sampled else read(number, encoded)
-            write(job.out, job.first + number, number, encoded, losses)
+            rows = len(batch.plan[number][1])
+            into = [(spec, store.Encoder(rows, spec.stored, fitted)) for spec in job.lacking(number)]
+            sampled = number < batch.sampled and index.shard_done(job.sample, number)
+            losses = _from_sample(job, number, into[0][1]) if sampled else read(number, into)
+            for spec, encoded in into:
+                write(spec.out, job.first + number, number, encoded, losses)
 
 
-def _pieces(documents: Tokenized, places: range, batch_tokens: int) -> Iterator[range]:
-    """Consecutive batches of a shard together, up to some hundred documents: the batches are those of the shard."""
-    start = stop = places.start
-    for batch in batches(documents, places, batch_tokens):
-        if stop > start and batch.stop - start > _PIECE:
-            yield range(start, stop)
-            start = stop
-        stop = batch.stop
-    yield range(start, stop)
+def _sketches(specs: Sequence[IndexSpec]) -> list[SketchConfig]:
+    """The different sketches of some indexes, in order."""
+    return list(dict.fromkeys(spec.sketch for spec in specs if spec.sketch is not None))
 
 
-def _median(job: _Job, batch: _Batch, missing: _Missing, rank: int, world: int) -> calibration.MedianBit | None:
+def _median(job: _Job, batch: Batch, missing: _Missing, rank: int, world: int) -> calibration.MedianBit | None:
     """The median of an index of bits, fitted when the whole sample stands; None for another type."""
-    if job.fit is None or job.stored != "bit":
+    if job.bits is None or job.bits.fit is None:
         return None
+    name = job.bits.fit.base
     if missing.fits:
         if world > 1:
             _wait_for_others()
         sample = [_sample_shard(job, number) for number in range(batch.sampled)]
-        fitted = calibration.fit(job.fit.name, (block for shard in sample for block in shard.blocks(_PIECE)))
+        fitted = calibration.fit(name, (block for shard in sample for block in shard.blocks(PIECE)))
         if rank == 0:
-            index.write_calibration(job.out, fitted)
+            index.write_calibration(job.bits.out, fitted)
     else:
-        fitted = index.read_calibration(job.out, job.fit.name)
+        fitted = index.read_calibration(job.bits.out, name)
     if not isinstance(fitted, calibration.MedianBit):
-        raise TypeError(f"an index of bits with the calibration {job.fit.name}")
+        raise TypeError(f"an index of bits with the calibration {name}")
     return fitted
 
 
@@ -446,33 +450,33 @@ def _wait_for_others() -> None:
 
 
 def _sample_shard(job: _Job, number: int) -> index.Shard:
-    return index.written_shard(job.out / SAMPLE, number, "fp32", job.sketch.dimension if job.sketch else 0)
+    return index.written_shard(job.sample, number, "fp32", job.specs[0].dimension)
 
 
 def _from_sample(job: _Job, number: int, into: store.Encoder) -> Losses:
     """What the forward pass over a shard of the sample made."""
     shard = _sample_shard(job, number)
-    for block in shard.blocks(_PIECE):
+    for block in shard.blocks(PIECE):
         into.add(block)
     return shard.documents().column("loss").to_numpy(zero_copy_only=False) if job.losses else None
 
 
 def _launch(job: _Job, missing: _Missing) -> None:
     """Share the missing shards among processes; each writes its own."""
-    spec = job.out / "workers.json"
-    write_json(spec, {"job": job.plain(), "missing": vars(missing)})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               str(job.scorer.processes), "-m", "tasks.scoring.worker", str(spec)]  # fmt: skip
-    done = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": str(job.scorer.threads or 1)})
-    spec.unlink()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.scorer.threads or 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "work.json"
+        task.write_bytes(_WORK.dump_json((job, missing)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                   str(job.scorer.processes), "-m", "tasks.scoring.worker", str(task)]  # fmt: skip
+        done = subprocess.run(command, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"a scoring worker failed (exit {done.returncode}); the shards that are whole are kept")
 
 
-def work(spec: Path) -> None:
+def work(task: Path) -> None:
     """One process's share of what :func:`_launch` wrote down; its rank is in the environment."""
-    given = read_json(spec)
-    job, missing = _Job.of(given["job"]), _Missing(**given["missing"])
+    job, missing = _WORK.validate_json(task.read_bytes())
     located = locate(job.scorer.model, revision=job.scorer.revision)
-    batch = _read_batch(located, job.documents, job.scorer, job.fit if job.samples else None)
+    batch = read_batch(located, job.documents, job.scorer, job.samples)
     _build_shards(job, located, batch, missing, rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))

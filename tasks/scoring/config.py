@@ -12,14 +12,16 @@ from tasks.common.models import Precision
 IndexType = Literal["fp32", "fp16", "int8", "bit"]
 """How a signature's values are stored: see :mod:`tasks.scoring.store`."""
 
-_FITTED = r"center|median-bit|power:(0?\.\d+|1(\.0*)?)"
-CALIBRATION_PATTERN = rf"^(none|{_FITTED})$"
-"""``none``, ``center``, ``power:P`` with 0 < P ≤ 1, or ``median-bit``."""
+SPREAD = "+spread"
+"""Ending of a calibration's name: scores are divided by their spread over the pool (``tasks.scoring.spread``)."""
+_FITTED = r"(center|median-bit|power:(0?\.\d+|1(\.0*)?))(\+spread)?"
+CALIBRATION_PATTERN = rf"^(none|none\+spread|{_FITTED})$"
+"""``none``, ``center``, ``power:P`` with 0 < P ≤ 1, or ``median-bit``; each also with ``+spread``."""
 
 
 def check_type(index_type: str, calibration: str) -> None:
     """Raise ValueError where a type and a calibration do not go together: bits are those of ``median-bit``."""
-    if index_type == "bit" and calibration != "median-bit":
+    if index_type == "bit" and calibration.removesuffix(SPREAD) != "median-bit":
         raise ValueError(f"the type bit keeps on which side of the pool's median a value lies: its calibration is "
                          f"median-bit, not {calibration}")  # fmt: skip
 
@@ -28,11 +30,21 @@ class FitConfig(Config):
     """A calibration that is fitted when an index is built, and kept in it."""
 
     name: str = Field("median-bit", pattern=rf"^({_FITTED})$")
-    """median-bit, center, or power:P (signed power P, then centre)."""
+    """median-bit, center, or power:P (signed power P, then centre); each also with +spread."""
     documents: int = Field(2000, ge=1)
     """Documents of the sample that median-bit is fitted on; center and power:P are fitted on all."""
     seed: int = Field(42, ge=0)
     """Seed of the sample, which is drawn by the hash of the text."""
+
+    @property
+    def base(self) -> str:
+        """The calibration itself."""
+        return self.name.removesuffix(SPREAD)
+
+    @property
+    def spread(self) -> bool:
+        """Whether the documents' spreads are kept as well."""
+        return self.name.endswith(SPREAD)
 
 
 class ScorerConfig(Config):
@@ -138,6 +150,173 @@ class EmbeddingConfig(_Method):
     """Put before every document (E5: "passage: ")."""
     batch_size: int = Field(32, ge=1)
     """Texts encoded at once."""
+    calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
+    """none (the cosine as it is), or what RISE's signatures are calibrated with; fitted on the pool alone."""
+
+
+class HiddenConfig(_Method):
+    """Cosine of token-mean hidden states of the scorer (Table 13, Figure 7)."""
+
+    method: Literal["hidden"] = "hidden"
+    layer: Literal["embedding", "last"] | Annotated[int, Field(ge=1)] = "last"
+    """embedding: the input embeddings; last: the final hidden states, as the LM head reads them; a number from 1 on:
+    the output of that layer."""
+    calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
+    """none (the cosine as it is), or what RISE's signatures are calibrated with; fitted on the pool alone."""
+
+
+class LmHeadConfig(_Method):
+    """Influence through the gradient G = Σ_t r_t h_tᵀ of the LM head, in closed form (Tables 9 and 14)."""
+
+    method: Literal["lm-head"] = "lm-head"
+    variant: Literal["exact", "sparse", "sparse-sketch", "gradient-sketch"] = "exact"
+    """exact: ⟨G_i, G_q⟩ with the whole softmax. sparse: the RH channel of Algorithm 2 without its sketches.
+    sparse-sketch: that channel as RISE has it. gradient-sketch: one CountSketch of all V·d coordinates of G."""
+    normalize: bool = True
+    """Cosine instead of the product; the sketches are always compared by their cosine."""
+    sketch: SketchConfig = SketchConfig()
+    """Of the sparse variants the support and alpha, of sparse-sketch also kr and kh, of the sketches the seed; the
+    other fields are not read."""
+    width: int = Field(65_536, ge=2, le=1 << 24)
+    """K of gradient-sketch, kept as fp16. 156 MB for 5,000 documents, as in Table 9, is 16,384."""
+    calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
+    """Of the two sketches, as of RISE's signatures; exact and sparse have no features that it could be fitted on."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> LmHeadConfig:
+        if self.variant in ("exact", "sparse"):
+            if self.calibration != "none":
+                raise ValueError(f"a calibration goes with sparse-sketch and gradient-sketch, not with {self.variant}")
+        elif not self.normalize:
+            raise ValueError(f"normalize: false goes with exact and sparse, not with {self.variant}")
+        return self
+
+    def channel(self) -> RiseConfig:
+        """RISE with its RH channel alone; the GH channel, one bucket wide, has weight 0 (K_h unused coordinates)."""
+        sketch = self.sketch.model_copy(update={"kg": 1, "lambda_rh": 1.0, "lambda_gh": 0.0})
+        return RiseConfig(sketch=sketch, calibration=self.calibration)
+
+
+class RapidInConfig(_Method):
+    """RapidIn: products of per-example gradients by all parameters, compressed to K numbers (Appendix E)."""
+
+    method: Literal["rapidin"] = "rapidin"
+    k: int = Field(65_536, ge=1, le=1 << 30)
+    """K, numbers kept of a gradient (RapidGrad_K)."""
+    shuffles: int = Field(20, ge=0)
+    """λ, rounds of a row and a column shuffle before the sums (shuffle_lambda)."""
+    layer_normalize: bool = True
+    """Scale each parameter's gradient to unit length first, as the reference does."""
+    normalize: bool = False
+    """Cosine instead of the product."""
+    calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
+    """Of the compressed gradients, as of RISE's signatures; any but none is compared by the cosine."""
+    checkpoints: tuple[str, ...] = ()
+    """Checkpoints of the scorer's training, whose scores are added up as in TracIn; none is the scorer alone."""
+    learning_rates: tuple[float, ...] = ()
+    """Learning rate at each checkpoint, the weight of its scores; none weighs all by 1."""
+    seed: int = Field(42, ge=0)
+    """Seed of shuffles and signs."""
+
+    @model_validator(mode="after")
+    def _as_many(self) -> RapidInConfig:
+        if self.learning_rates and len(self.learning_rates) != len(self.checkpoints):
+            raise ValueError(f"{len(self.checkpoints)} checkpoints have {len(self.learning_rates)} learning rates")
+        return self
+
+
+class ZoInfConfig(_Method):
+    """ZO-Inf: RapidIn's index from forward passes alone (Appendix E)."""
+
+    method: Literal["zo-inf"] = "zo-inf"
+    epsilon: float = Field(0.001, gt=0)
+    """ε, length of a step along a direction (zo_eps)."""
+    samples: int = Field(4, ge=1)
+    """Directions, the same for all documents; two forward passes each (zo_sample)."""
+    k: int = Field(65_536, ge=1, le=1 << 30)
+    """K, as of rapidin."""
+    shuffles: int = Field(20, ge=0)
+    """λ, as of rapidin."""
+    normalize: bool = True
+    """Cosine instead of the product; it stands for rapidin's layer_normalize."""
+    calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
+    """Of the compressed gradients, as of RISE's signatures; any but none is compared by the cosine."""
+    seed: int = Field(42, ge=0)
+    """Seed of directions, shuffles and signs."""
+
+
+class LoGraConfig(_Method):
+    """LoGra: projected gradients of the linear layers, with the inverse of their own Hessian (Table 19)."""
+
+    method: Literal["logra"] = "logra"
+    rank: int = Field(16, ge=1)
+    """k: a layer's gradient is kept as k × k numbers. 64 is LogIX's, and the size that Table 19 gives fits it."""
+    modules: Literal["all", "mlp"] = "all"
+    """all: every linear layer but the head. mlp: those of the MLP blocks."""
+    hessian: bool = True
+    """Put (H + λI)⁻¹ of each layer between the two gradients."""
+    damping: float = Field(0.1, gt=0)
+    """λ, as a share of H's mean eigenvalue."""
+    normalize: bool = False
+    """Cosine instead of the product."""
+    calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
+    """Of the features, as of RISE's signatures; any but none is compared by the cosine."""
+    seed: int = Field(42, ge=0)
+    """Seed of the projections."""
+
+
+class TrackStarConfig(_Method):
+    """TrackStar: randomly projected gradients of all linear layers but the head, by bergson (Tables 2, 3, 6 and 15)."""
+
+    method: Literal["trackstar"] = "trackstar"
+    unit_normalize: bool = True
+    """Cosine instead of the product. Both this and ``hessian`` false is Base of Table 15, which Table 2 shows."""
+    hessian: bool = True
+    """Put the inverse of the mixed autocorrelation of the gradients between the two."""
+    projection_dim: int = Field(16, ge=0)
+    """p: a layer's gradient is kept as p × p numbers; 0 keeps it whole."""
+    projection_type: Literal["rademacher", "normal"] = "rademacher"
+    """Entries of the projections."""
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    """How a document's loss is made of those of its tokens."""
+    token_batch_size: int = Field(1024, ge=2)
+    """Tokens of a batch, padding included; bergson takes no more than the scorer takes in a document."""
+    hessian_documents: int = Field(10_000, ge=1)
+    """Documents of pool and queries that the autocorrelations are fitted on, drawn by the hash of their ids."""
+    downweight: int = Field(1000, ge=1)
+    """Component at which the two spectra meet: it decides how much of the mixture is the queries'."""
+    damping: float = Field(0.1, gt=0)
+    """Added to every eigenvalue, as a share of their mean."""
+    calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
+    """Of the gradients, as of RISE's signatures; goes with unit_normalize."""
+    seed: int = Field(42, ge=0)
+    """Seed of the projections."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> TrackStarConfig:
+        if self.calibration != "none" and not self.unit_normalize:
+            raise ValueError("a calibration goes with unit_normalize, not with the plain product")
+        if self.hessian and not self.projection_dim:
+            raise ValueError("hessian needs a projection: projection_dim is 0")
+        return self
+
+
+class EkfacConfig(_Method):
+    """EK-FAC: gradients with the inverse of the Kronecker-factored Fisher matrix between, by kronfluence (Table 19)."""
+
+    method: Literal["ek-fac"] = "ek-fac"
+    modules: list[str] = Field(["mlp"], min_length=1)
+    """Linear layers: those that have one of these in their names."""
+    damping: float | None = Field(None, ge=0)
+    """Added to every eigenvalue; None adds a tenth of a layer's mean eigenvalue."""
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    """How a document's loss is made of those of its tokens; the Fisher matrix is always that of the sum."""
+    batch_size: int = Field(8, ge=1)
+    """Documents of a batch."""
+    query_batch_size: int = Field(8, ge=1)
+    """Queries of a batch; each batch takes a pass over the pool and keeps its gradients whole in memory."""
+    seed: int = Field(42, ge=0)
+    """Seed of the labels that are drawn for the Fisher matrix."""
 
 
 class RiseConfig(_Method):
@@ -147,7 +326,8 @@ class RiseConfig(_Method):
     sketch: SketchConfig = SketchConfig()
     """Sketch dimensions, channel weights and support."""
     calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
-    """none, center, power:P (signed power P, then centre), or median-bit; fitted on the pool alone."""
+    """none, center, power:P (signed power P, then centre), or median-bit, each also with +spread (a document's scores
+    divided by their spread over the pool); fitted on the pool alone."""
     index_type: IndexType = "fp16"
     """Type of the stored signatures; the paper's sizes are those of fp16. bit goes with median-bit."""
 
@@ -158,12 +338,15 @@ class RiseConfig(_Method):
 
 
 MethodConfig = Annotated[
-    RandomConfig | LengthConfig | PerplexityConfig | Bm25Config | EmbeddingConfig | RiseConfig,
+    RandomConfig | LengthConfig | PerplexityConfig | Bm25Config | EmbeddingConfig | HiddenConfig
+    | LmHeadConfig | RapidInConfig | ZoInfConfig | LoGraConfig | TrackStarConfig | EkfacConfig | RiseConfig,
     Field(discriminator="method"),
 ]
 """Any method; the key ``method`` says which."""
 METHODS: dict[str, type[Any]] = {
     "rise": RiseConfig, "random": RandomConfig, "length": LengthConfig, "perplexity": PerplexityConfig,
-    "bm25": Bm25Config, "embedding": EmbeddingConfig,
+    "bm25": Bm25Config, "embedding": EmbeddingConfig, "hidden": HiddenConfig, "lm-head": LmHeadConfig,
+    "rapidin": RapidInConfig, "zo-inf": ZoInfConfig, "logra": LoGraConfig,
+    "trackstar": TrackStarConfig, "ek-fac": EkfacConfig,
 }  # fmt: skip
 """Every method by the name that ``--method`` takes."""

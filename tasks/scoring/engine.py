@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tasks.scoring.batching import Tokenized, batches, padded
 from tasks.scoring.readout import Readout
-from tasks.scoring.rise import Factors, Sketcher
+from tasks.scoring.rise import Factors, Residuals, Sketcher, sparse_residuals
 
 LOGIT_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 """Memory for one chunk of float32 logits: it bounds what the pass needs above the model, whatever the batch."""
@@ -21,8 +21,8 @@ LOGIT_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 class Pass:
     """What one pass made of N documents, in their order."""
 
-    signatures: NDArray[np.float32] | None
-    """φ (N, D), unit length; None without a sketcher."""
+    signatures: tuple[NDArray[np.float32], ...]
+    """φ (N, D), unit length, of each sketcher."""
     losses: NDArray[np.float64] | None
     """Mean negative log-likelihood of a document's predicted tokens, in nats (N,); None unless asked for; NaN for a
     document of one token."""
@@ -35,7 +35,7 @@ def forward(
     shard: range,
     *,
     batch_tokens: int,
-    sketcher: Sketcher | None = None,
+    sketchers: Sequence[Sketcher] = (),
     losses: bool = False,
     count: Callable[[int], None] | None = None,
 ) -> Pass:
@@ -48,11 +48,12 @@ def forward(
         documents: tokenized documents, shortest first.
         shard: which of them.
         batch_tokens: token budget of one forward pass.
-        sketcher: makes signatures of the positions.
+        sketchers: each makes signatures of the positions; the logits and, where the sketchers agree in them, the sparse
+            residuals are computed once for all.
         losses: also return each document's mean negative log-likelihood.
         count: told the number of tokens after each batch.
     """
-    signatures: list[torch.Tensor] = []
+    signatures: list[list[torch.Tensor]] = [[] for _ in sketchers]
     means: list[torch.Tensor] = []
     for batch in batches(documents, shard, batch_tokens):
         ids_BT = padded(documents, batch)
@@ -62,34 +63,36 @@ def forward(
         head_device = readout.head.weight.device
         h_Td = hidden[:, :-1][real_BT.to(hidden.device)].to(head_device)
         label_T = ids_BT[:, 1:][real_BT].to(head_device)
-        factors, loss_T = _readout_chunks(readout, h_Td, label_T, sketcher, losses)
+        factors, loss_T = _readout_chunks(readout, h_Td, label_T, sketchers, losses)
         positions = [n - 1 for n in tokens]
-        if sketcher is not None and factors is not None:
-            signatures.append(sketcher.signatures(factors, positions).cpu())
+        for made, sketcher, sketched in zip(signatures, sketchers, factors, strict=True):
+            made.append(sketcher.signatures(sketched, positions).cpu())
         if loss_T is not None:
             means.append(torch.stack([part.double().mean() for part in loss_T.split(positions)]).cpu())
         if count is not None:
             count(sum(tokens))
     return Pass(
-        torch.cat(signatures).numpy() if sketcher is not None else None,
+        tuple(torch.cat(made).numpy() for made in signatures),
         torch.cat(means).numpy() if losses else None,
     )
 
 
 def _readout_chunks(
-    readout: Readout, h_Td: torch.Tensor, label_T: torch.Tensor, sketcher: Sketcher | None, losses: bool
-) -> tuple[Factors | None, torch.Tensor | None]:
-    """Factors and token losses of T positions, the logits of a bounded number of positions at a time."""
+    readout: Readout, h_Td: torch.Tensor, label_T: torch.Tensor, sketchers: Sequence[Sketcher], losses: bool
+) -> tuple[list[Factors], torch.Tensor | None]:
+    """Each sketcher's factors and the token losses of T positions, the logits of a bounded number at a time."""
     rows = max(1, LOGIT_BYTES.get(h_Td.device.type, 256 << 20) // (4 * readout.vocabulary))
-    factors: list[Factors] = []
+    factors: list[list[Factors]] = [[] for _ in sketchers]
     nll: list[torch.Tensor] = []
     for h_chunk, label_chunk in zip(h_Td.split(rows), label_T.split(rows), strict=True):
         z_TV = readout.head.logits(h_chunk)
         if losses:
             nll.append(torch.nn.functional.cross_entropy(z_TV, label_chunk, reduction="none"))
-        if sketcher is not None:
-            factors.append(sketcher.factors(h_chunk, z_TV, label_chunk))
-    joined = None
-    if sketcher is not None:
-        joined = Factors(*(torch.cat([getattr(f, name) for f in factors]) for name in ("r_TR", "g_TG", "h_TH")))
+        residuals: dict[tuple[float, ...], Residuals] = {}
+        for made, sketcher in zip(factors, sketchers, strict=True):
+            if sketcher.support not in residuals:
+                residuals[sketcher.support] = sparse_residuals(z_TV, label_chunk, sketcher.config, readout.head)
+            made.append(sketcher.factors(h_chunk, residuals[sketcher.support]))
+    joined = [Factors(*(torch.cat([getattr(f, name) for f in made]) for name in ("r_TR", "g_TG", "h_TH")))
+              for made in factors]  # fmt: skip
     return joined, torch.cat(nll) if losses else None

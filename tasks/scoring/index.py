@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, sha256_file, sha256_json, whole_file, write_json
 from tasks.scoring import calibration, store
-from tasks.scoring.config import IndexType, SketchConfig
+from tasks.scoring.config import SPREAD, IndexType, SketchConfig
 
 FORMAT = 1
 """Version of the layout on disk; a reader refuses another."""
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 CALIBRATION = "calibration.npy"
+REFERENCE = "reference.npy"
+"""What the spreads were taken over, where a calibration has them: see :mod:`tasks.scoring.spread`."""
 
 
 def begin(directory: Path, identity: Mapping[str, Any]) -> None:
@@ -107,9 +109,30 @@ def write_calibration(directory: Path, fitted: calibration.Fitted) -> None:
         np.save(file, calibration.center(fitted), allow_pickle=False)
 
 
+def write_reference(directory: Path, reference: NDArray[Any]) -> None:
+    """Keep what spreads are taken over."""
+    with whole_file(directory / REFERENCE) as part, part.open("wb") as file:
+        np.save(file, reference, allow_pickle=False)
+
+
+def has_spread(directory: Path, number: int) -> bool:
+    """Whether a whole shard has its documents' spreads."""
+    return f"{number:05d}.spread.npy" in read_json(directory / "shards" / f"{number:05d}.json")["sha256"]
+
+
+def add_spread(directory: Path, number: int, spread_N: NDArray[np.float32]) -> None:
+    """Keep the spreads of a whole shard's documents beside their signatures."""
+    folder, name = directory / "shards", f"{number:05d}"
+    with whole_file(folder / f"{name}.spread.npy") as part, part.open("wb") as file:
+        np.save(file, spread_N, allow_pickle=False)
+    entry = read_json(folder / f"{name}.json")
+    entry["sha256"][f"{name}.spread.npy"] = sha256_file(folder / f"{name}.spread.npy")
+    write_json(folder / f"{name}.json", entry)
+
+
 def read_calibration(directory: Path, name: str) -> calibration.Fitted:
     """The calibration that :func:`write_calibration` kept."""
-    return calibration.restore(name, np.load(directory / CALIBRATION, allow_pickle=False))
+    return calibration.restore(name.removesuffix(SPREAD), np.load(directory / CALIBRATION, allow_pickle=False))
 
 
 def written_shard(directory: Path, number: int, stored: IndexType, dimension: int) -> Shard:
@@ -142,6 +165,8 @@ def finish(directory: Path, batch: int, shard_count: int, *, made_of: Mapping[st
                 "shards": [*old[:first], *shards, *old[first + shard_count :]]}  # fmt: skip
     if "calibration" in plan:
         manifest["calibration"] = {**plan["calibration"], "sha256": sha256_file(directory / CALIBRATION)}
+        if (directory / REFERENCE).exists():
+            manifest["calibration"]["reference"] = sha256_file(directory / REFERENCE)
     write_json(directory / MANIFEST, {**manifest, "sha256": sha256_json(manifest)})
 
 
@@ -186,6 +211,11 @@ class Shard:
         """What :func:`store.encode` made, mapped."""
         return {name: np.load(self._file(f"{name}.npy"), mmap_mode="r", allow_pickle=False)
                 for name in store.parts(self.stored)}  # fmt: skip
+
+    def spread(self, rows: slice) -> NDArray[np.float32]:
+        """Spreads (n,) of some rows, where the index's calibration has them."""
+        kept: NDArray[np.float32] = np.load(self._file("spread.npy"), mmap_mode="r", allow_pickle=False)[rows]
+        return kept
 
     def without_empty(self, values: NDArray[Any], rows: slice) -> NDArray[Any]:
         """``values`` (n, …) of some rows, 0 where the signature is zero and the type cannot say so itself."""
@@ -282,6 +312,11 @@ class Index:
         """Name of the calibration that was fitted when the index was built; ``none`` without one."""
         return str(self.manifest.get("calibration", {"name": "none"})["name"])
 
+    @property
+    def standardizes(self) -> bool:
+        """Whether the index keeps its documents' spreads, and so gives standardised scores."""
+        return self.calibration_name.endswith(SPREAD)
+
     @cached_property
     def calibration(self) -> calibration.Fitted:
         """The calibration that was fitted when the index was built; the identity without one."""
@@ -294,7 +329,10 @@ class Index:
     def check_calibration(self) -> None:
         """Compare what the calibration learned with its checksum."""
         if self.calibration_name != "none":
-            check_file(self.directory / CALIBRATION, self.manifest["calibration"]["sha256"])
+            kept = self.manifest["calibration"]
+            check_file(self.directory / CALIBRATION, kept["sha256"])
+            if "reference" in kept:
+                check_file(self.directory / REFERENCE, kept["reference"])
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -336,6 +374,13 @@ class Index:
                 for number, row in zip(shard_of, wanted - self.starts[shard_of], strict=True)]  # fmt: skip
         return np.concatenate(rows) if rows else np.zeros((0, self.dimension), dtype=np.float32)
 
+    def spreads(self, places: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Spreads (n,) at some places, where the index keeps them."""
+        wanted = np.asarray(places, dtype=np.int64)
+        shard_of = np.searchsorted(self.starts, wanted, side="right") - 1
+        return np.array([self.shards[number].spread(slice(row, row + 1))[0] for number, row in
+                         zip(shard_of, wanted - self.starts[shard_of], strict=True)], dtype=np.float32)  # fmt: skip
+
     def blocks(self, rows: int = 4096) -> Iterator[NDArray[np.float32]]:
         """Signatures (n, D), as :meth:`Shard.signatures`, at most ``rows`` at a time, in order."""
         for shard in self.shards:
@@ -362,7 +407,8 @@ def verify(directory: Path) -> tuple[int, int]:
     plan = _read(directory / PLAN)
     expected = {key: manifest[key] for key in plan if key in manifest}
     if "calibration" in expected:
-        expected["calibration"] = {key: value for key, value in expected["calibration"].items() if key != "sha256"}
+        expected["calibration"] = {key: value for key, value in expected["calibration"].items()
+                                   if key not in ("sha256", "reference")}  # fmt: skip
     if plan != expected:
         raise InputError("is damaged: the manifest says otherwise", file=directory / PLAN)
     index.check_calibration()

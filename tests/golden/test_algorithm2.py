@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.scoring import engine
 from tasks.scoring.batching import Tokenized, batches, padding_share
 from tasks.scoring.config import SketchConfig
 from tasks.scoring.engine import forward
@@ -32,10 +33,32 @@ def token_lists(docs: Tokenized) -> list[list[int]]:
 def test_engine_is_algorithm_2(name: str, config: SketchConfig) -> None:
     model, docs = build(name), documents()
     readout = Readout(model, name)
-    made = forward(readout, docs, range(len(docs)), batch_tokens=64, sketcher=Sketcher(readout.head, config))
+    made = forward(readout, docs, range(len(docs)), batch_tokens=64, sketchers=[Sketcher(readout.head, config)])
     expected = np.stack([reference_signature(model, tokens, config) for tokens in token_lists(docs)])
-    assert made.signatures is not None
-    np.testing.assert_allclose(made.signatures, expected, atol=1e-5)
+    np.testing.assert_allclose(made.signatures[0], expected, atol=1e-5)
+
+
+def test_sketches_that_share_a_pass_have_the_bytes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other sizes, weights, seeds and shares take the same residuals; another support takes its own."""
+    same = [{}, {"seed": 1}, {"alpha": 0.5}, {"kr": 8, "kh": 3, "kg": 30}, {"lambda_rh": 0.0}]
+    others = [{"tau": 1.5}, {"rho_cum": 0.5}, {"min_top": 9, "rho_cum": 0.1}, {"max_top": 10}]
+    configs = [SKETCH.model_copy(update=update) for update in same + others]
+    model, docs = build("llama tied"), documents(20)
+    readout = Readout(model, "llama")
+    sketchers = [Sketcher(readout.head, config) for config in configs]
+    alone = [forward(readout, docs, range(20), batch_tokens=10_000, sketchers=[one], losses=True) for one in sketchers]
+    counted: list[SketchConfig] = []
+    monkeypatch.setattr(engine, "sparse_residuals", lambda z_TV, label_T, config, head: (
+        counted.append(config), sparse_residuals(z_TV, label_T, config, head))[1])  # fmt: skip
+    together = forward(readout, docs, range(20), batch_tokens=10_000, sketchers=sketchers, losses=True)
+    for phi, one, config in zip(together.signatures, alone, configs, strict=True):
+        assert phi.tobytes() == one.signatures[0].tobytes(), config
+        assert phi.shape == (20, config.dimension)
+    assert together.losses is not None
+    assert together.losses.tobytes() == alone[0].losses.tobytes()
+    batch_count = len(batches(docs, range(20), 10_000))
+    assert len(counted) == batch_count * (1 + len(others))
+    assert len({phi.tobytes() for phi in together.signatures}) == len(configs)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -66,13 +89,12 @@ def test_unsketched_product_is_the_head_gradient(name: str) -> None:
 def test_scores_do_not_depend_on_the_batch(batch_tokens: int) -> None:
     model, docs = build("llama tied"), documents(20)
     readout = Readout(model, "llama")
-    sketcher = Sketcher(readout.head, SKETCH)
-    alone = [forward(readout, docs, range(i, i + 1), batch_tokens=1, sketcher=sketcher, losses=True)
+    sketchers = [Sketcher(readout.head, SKETCH)]
+    alone = [forward(readout, docs, range(i, i + 1), batch_tokens=1, sketchers=sketchers, losses=True)
              for i in range(len(docs))]  # fmt: skip
-    together = forward(readout, docs, range(len(docs)), batch_tokens=batch_tokens, sketcher=sketcher, losses=True)
-    assert together.signatures is not None
+    together = forward(readout, docs, range(len(docs)), batch_tokens=batch_tokens, sketchers=sketchers, losses=True)
     assert together.losses is not None
-    np.testing.assert_allclose(together.signatures, np.concatenate([one.signatures for one in alone]), atol=1e-5)
+    np.testing.assert_allclose(together.signatures[0], np.concatenate([one.signatures[0] for one in alone]), atol=1e-5)
     np.testing.assert_allclose(together.losses, np.concatenate([one.losses for one in alone]), rtol=1e-5)
 
 
@@ -98,10 +120,10 @@ def test_a_document_of_one_token_has_a_zero_signature_and_no_loss() -> None:
     model = build("llama tied")
     readout = Readout(model, "llama")
     docs = Tokenized.of(["b", "a"], [[6, 7, 8], [5]])
-    made = forward(readout, docs, range(2), batch_tokens=100, sketcher=Sketcher(readout.head, SKETCH), losses=True)
-    assert not made.signatures[0].any()
+    made = forward(readout, docs, range(2), batch_tokens=100, sketchers=[Sketcher(readout.head, SKETCH)], losses=True)
+    assert not made.signatures[0][0].any()
     assert np.isnan(made.losses[0])
-    assert np.linalg.norm(made.signatures[1]) == pytest.approx(1.0, abs=1e-6)
+    assert np.linalg.norm(made.signatures[0][1]) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_model_that_sees_ahead_is_refused() -> None:

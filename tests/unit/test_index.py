@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +20,15 @@ import pytest
 from tasks.common.errors import InputError
 from tasks.common.files import read_json
 from tasks.common.stage import digest_directory
-from tasks.scoring import calibration, index, search, store
+from tasks.scoring import calibration, engine, index, search, store
 from tasks.scoring.batching import Tokenized, batches
 from tasks.scoring.bits import Agreement, pack, packed_bytes, planes, unpack
-from tasks.scoring.build import _pieces, append_index, build_index, query_index, scorer_of
+from tasks.scoring.build import IndexSpec, append_index, build_index, build_indexes, query_index, scorer_of
 from tasks.scoring.calibration import MedianBit
 from tasks.scoring.config import FitConfig, RiseConfig, ScorerConfig, SketchConfig
 from tasks.scoring.index import Index
 from tasks.scoring.methods import Request, score_pool
+from tasks.scoring.plan import pieces
 from tests.tiny import tiny_gpt_neox, tiny_llama
 
 SKETCH = SketchConfig(kr=16, kh=6, kg=12)
@@ -285,10 +287,10 @@ def test_a_shard_read_in_pieces_has_the_batches_of_the_whole() -> None:
     rng = np.random.default_rng(0)
     documents = Tokenized.of([str(i) for i in range(900)], [np.zeros(n, int) for n in rng.integers(2, 40, 900)])
     for places, batch_tokens in ((range(0, 900), 300), (range(3, 850), 7000), (range(5, 9), 1), (range(4, 5), 10)):
-        pieces = list(_pieces(documents, places, batch_tokens))
-        assert [batch for piece in pieces for batch in batches(documents, piece, batch_tokens)] == batches(
+        cut = list(pieces(documents, places, batch_tokens))
+        assert [batch for piece in cut for batch in batches(documents, piece, batch_tokens)] == batches(
             documents, places, batch_tokens)  # fmt: skip
-        assert all(len(piece) <= 256 or len(batches(documents, piece, batch_tokens)) == 1 for piece in pieces)
+        assert all(len(piece) <= 256 or len(batches(documents, piece, batch_tokens)) == 1 for piece in cut)
 
 
 def test_two_processes_make_the_same_bits(tmp_path: Path, pool: Path, scorer: ScorerConfig) -> None:
@@ -303,7 +305,7 @@ def killed_after(call: str, shards: Path, count: int) -> None:
     """Run ``call`` with a pause after each shard and SIGKILL it when ``count`` are whole below ``shards``."""
     code = (
         "from pathlib import Path; import time, tasks.scoring.index as index\n"
-        "from tasks.scoring.build import build_index, append_index\n"
+        "from tasks.scoring.build import IndexSpec, append_index, build_index, build_indexes\n"
         "from tasks.scoring.config import ScorerConfig, SketchConfig, FitConfig\n"
         "write = index.write_shard\n"
         "def slow(*args, **options):\n    write(*args, **options); time.sleep(0.3)\n"
@@ -348,6 +350,118 @@ def test_a_killed_build_of_bits_goes_on_at_its_shard(tmp_path: Path, scorer: Sco
         assert 2 < shards_of_sample < len(Index(tmp_path / "alone").shards)
     assert digest_directory(tmp_path / "killed") == digest_directory(tmp_path / "alone")
     assert index.verify(tmp_path / "killed") == index.verify(tmp_path / "alone")
+
+
+# Several indexes of one pass
+
+SPECS: dict[str, dict[str, Any]] = {
+    "paper": {}, "int8": {"stored": "int8"}, "weighted": {"sketch": {"alpha": 0.5}, "stored": "fp32"},
+    "wider": {"sketch": {"kr": 20, "kh": 8, "kg": 9, "seed": 7}, "fit": {"name": "power:0.3"}},
+    "warmer": {"sketch": {"tau": 1.5, "rho_cum": 0.5}, "stored": "int8", "fit": {"name": "median-bit"}},
+    "losses": {"sketch": None},
+}  # fmt: skip
+"""What differs from an fp16 index of SKETCH."""
+
+
+def spec(folder: Path, name: str) -> IndexSpec:
+    given = {"sketch": {}, **SPECS[name]}
+    sketch = None if given["sketch"] is None else SKETCH.model_copy(update=given["sketch"])
+    fit = FitConfig(**given["fit"]) if "fit" in given else None
+    return IndexSpec(folder / name, sketch, given.get("stored", "fp16"), fit)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, pool: Path, scorer: ScorerConfig) -> dict[str, dict[str, bytes]]:
+    """The files of each of SPECS, built by a pass of its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    for one in (spec(folder, name) for name in SPECS):
+        build_index(pool, one.out, scorer, one.sketch, stored=one.stored, fit=one.fit, losses=True)
+    return {name: contents(folder / name) for name in SPECS}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {name: bytes_ for name, (bytes_, _) in files_of(directory).items()}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Documents and sketches of every call of the engine."""
+    made: list[tuple[int, int]] = []
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda readout, documents, some, *, sketchers, **how: (
+        made.append((len(some), len(sketchers))), forward(readout, documents, some, sketchers=sketchers, **how))[1])
+    return made
+
+
+def test_indexes_that_share_a_pass_have_the_bytes_of_their_own(
+    tmp_path: Path, pool: Path, scorer: ScorerConfig, alone: dict[str, dict[str, bytes]], passes: list[tuple[int, int]]
+) -> None:
+    assert build_indexes(pool, [spec(tmp_path, name) for name in SPECS], scorer, losses=True) == 41
+    assert {name: contents(tmp_path / name) for name in SPECS} == alone
+    assert sum(documents for documents, _ in passes) == 41
+    assert {sketches for _, sketches in passes} == {4}  # fp16 and int8 of one sketch share its signatures
+    assert all(index.verify(tmp_path / name)[1] == 41 for name in SPECS)
+    done = files_of(tmp_path)
+    build_indexes(pool, [spec(tmp_path, name) for name in SPECS], scorer, losses=True)
+    assert contents(tmp_path) == {name: bytes_ for name, (bytes_, _) in done.items()}
+    assert sum(documents for documents, _ in passes) == 41
+
+
+def test_two_processes_make_the_same_indexes(
+    tmp_path: Path, pool: Path, scorer: ScorerConfig, alone: dict[str, dict[str, bytes]]
+) -> None:
+    two = scorer.model_copy(update={"processes": 2})
+    build_indexes(pool, [spec(tmp_path, name) for name in SPECS], two, losses=True)
+    assert {name: contents(tmp_path / name) for name in SPECS} == alone
+
+
+def test_a_shard_is_made_again_for_the_indexes_that_lack_it(
+    tmp_path: Path, pool: Path, scorer: ScorerConfig, alone: dict[str, dict[str, bytes]], passes: list[tuple[int, int]]
+) -> None:
+    """One index is whole, two lack one shard each, the others a third one."""
+    build_indexes(pool, [spec(tmp_path, name) for name in SPECS], scorer, losses=True)
+    shards = Index(tmp_path / "paper").shards
+    assert len(shards) == 4
+    lacking = {"int8": 0, "wider": 1, "weighted": 3, "warmer": 3, "losses": 3}
+    for name, number in lacking.items():
+        (tmp_path / name / "shards" / f"{number:05d}.json").unlink()
+    times = {name: time_ for name, (_, time_) in files_of(tmp_path).items()}
+    passes.clear()
+    build_indexes(pool, [spec(tmp_path, name) for name in SPECS], scorer, losses=True)
+    assert passes == [(len(shards[0]), 1), (len(shards[1]), 1), (len(shards[3]), 2)]
+    assert {name: contents(tmp_path / name) for name in SPECS} == alone
+    written = {name for name, (_, time_) in files_of(tmp_path).items() if times.get(name) != time_}
+    assert {(name.split("/")[0], int(name.split("/")[2][:5])) for name in written if "/shards/" in name} == set(
+        lacking.items())  # fmt: skip
+
+
+def test_a_killed_build_of_several_goes_on(tmp_path: Path, scorer: ScorerConfig) -> None:
+    """Killed between the writes of one shard or of two: the bytes are those of builds that were not."""
+    file, small = parquet(tmp_path / "d.parquet", rows(40, 0)), scorer.model_copy(update={"shard_tokens": 200})
+    names = ("paper", "weighted")
+    for one in (spec(tmp_path / "alone", name) for name in names):
+        build_index(file, one.out, small, one.sketch, stored=one.stored)
+    specs = ", ".join(f"IndexSpec(Path({str(tmp_path / name)!r}), SketchConfig(**{one.sketch.plain()!r}), "
+                      f"{one.stored!r})" for name in names if (one := spec(tmp_path, name)).sketch)  # fmt: skip
+    killed_after(f"build_indexes(Path({str(file)!r}), [{specs}], ScorerConfig(**{small.plain()!r}))",
+                 tmp_path / "weighted" / "shards", 2)  # fmt: skip
+    kept = [path for name in names for path in (tmp_path / name / "shards").glob("*.json")]
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    assert 4 <= len(kept) < 2 * len(Index(tmp_path / "alone" / "paper").shards)
+    build_indexes(file, [spec(tmp_path, name) for name in names], small)
+    assert {path: path.stat().st_mtime_ns for path in kept} == times
+    assert [contents(tmp_path / name) for name in names] == [contents(tmp_path / "alone" / name) for name in names]
+
+
+def test_what_cannot_share_a_pass_is_refused(tmp_path: Path, pool: Path, scorer: ScorerConfig) -> None:
+    paper = spec(tmp_path, "paper")
+    with pytest.raises(ValueError, match="an index of bits is built alone"):
+        build_indexes(pool, [paper, IndexSpec(tmp_path / "bits", SKETCH, "bit")], scorer)
+    with pytest.raises(ValueError, match="same directory"):
+        build_indexes(pool, [paper, IndexSpec(tmp_path / "paper", SKETCH, "fp32")], scorer)
+    with pytest.raises(ValueError, match="no index"):
+        build_indexes(pool, [], scorer)
+    assert not list(tmp_path.iterdir())
 
 
 def files_of(directory: Path) -> dict[str, tuple[bytes, int]]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from tasks.scoring.config import (
     SketchConfig,
 )
 from tasks.scoring.index import Index
-from tasks.scoring.methods import Request, per_query_table, ranked, score_pool, write_scores
+from tasks.scoring.methods import Request, per_query_table, ranked, read_out, score_pool, write_scores
 from tasks.scoring.search import Scores
 from tests.tiny import tiny_gpt_neox, tiny_llama
 
@@ -146,6 +147,27 @@ def test_rise_is_the_product_with_the_mean_query(request_: Request) -> None:
         assert score == pytest.approx(float(pool[doc_id] @ mean), abs=1e-6)
     assert scores.per_query is not None
     np.testing.assert_allclose(scores.per_query.mean(axis=0), scores.mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("stored", ["fp16", "bit"])
+def test_methods_score_from_a_shared_readout_as_from_their_own(request_: Request, tmp_path: Path, stored: str) -> None:
+    calibrated = "median-bit" if stored == "bit" else "none"
+    sketches = {"one": SKETCH, "two": SKETCH.model_copy(update={"alpha": 1.0, "seed": 3})}
+    assert read_out(request_, tmp_path / "shared", sketches=sketches, stored=stored, losses=True) == 40
+    assert sorted(path.relative_to(tmp_path / "shared").as_posix() for path in (tmp_path / "shared").glob("*/*")) == [
+        "one/pool", "one/queries", "two/pool", "two/queries"]  # fmt: skip
+    assert Index(tmp_path / "shared" / "two" / "queries").stored == ("fp32" if stored == "bit" else stored)
+    for name, sketch in sketches.items():
+        config = RiseConfig(sketch=sketch, index_type=stored, calibration=calibrated)
+        ours = score_pool(config, replace(request_, readout=tmp_path / "shared" / name))
+        own = score_pool(config, replace(request_, work=tmp_path / name))
+        assert ours.doc_ids == own.doc_ids
+        np.testing.assert_array_equal(ours.per_query, own.per_query)
+        losses = score_pool(PerplexityConfig(), replace(request_, readout=tmp_path / "shared" / name))
+        own = score_pool(PerplexityConfig(), request_)
+        assert dict(zip(losses.doc_ids, losses.mean, strict=True)) == pytest.approx(
+            dict(zip(own.doc_ids, own.mean, strict=True)), rel=1e-5)  # fmt: skip
+    assert [path.name for path in request_.work.iterdir()] == ["losses"]
 
 
 def test_calibrated_rise_never_sees_the_queries_when_fitted(request_: Request, tmp_path: Path) -> None:
