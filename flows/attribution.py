@@ -17,8 +17,8 @@ from tasks.pool.task import pool
 from tasks.pretraining.config import PretrainingConfig
 from tasks.pretraining.task import pretrain
 from tasks.reporting.study import report_study, study_table
-from tasks.scoring.config import IndexType, MethodConfig, PerplexityConfig, RandomConfig, RiseConfig, ScorerConfig
-from tasks.scoring.methods import sketch_name
+from tasks.scoring.config import MethodConfig, PerplexityConfig, RandomConfig, RiseConfig, ScorerConfig
+from tasks.scoring.methods import shared_type, sketch_name
 from tasks.scoring.task import needs_readout, readout, score, tokens
 from tasks.selection.config import SelectionConfig
 from tasks.selection.retrieval import RetrievalConfig
@@ -127,7 +127,7 @@ class _Study:
         if not any(needs_readout(method) for method in methods):
             return None
         rises = [method for method in methods if isinstance(method, RiseConfig)]
-        stored: IndexType = "fp32" if any(rise.index_type == "fp32" for rise in rises) else "fp16"
+        stored = shared_type(rises)
         return self.made(
             readout, scorer, {sketch_name(rise.sketch): rise.sketch for rise in rises}, documents, stage="scoring",
             directory=f"{where}.readout@{stored}", name=f"{where}.readout@{stored}", stored=stored,

@@ -16,6 +16,11 @@ FILE = click.Path(path_type=Path)
 METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding", "hidden", "lm-head", "rapidin", "zo-inf",
            "logra", "trackstar", "ek-fac")
 TYPES = ("bit", "int8", "fp16", "fp32")
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "compact": {"kr": 384, "kh": 16, "kg": 120, "alpha": 1.0, "calibration": "median-bit+spread", "dtype": "bit"},
+}
+"""Defaults of the options by ``--recipe``; compact is what ``rise study conf/studies/prospective.yaml`` chose."""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -100,9 +105,17 @@ def _quiet_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
+def _take_recipe(context: click.Context, _: click.Parameter, recipe: str) -> None:
+    """Let a recipe's values stand for the options that are not given."""
+    context.default_map = {**(context.default_map or {}), **RECIPES[recipe]}
+
+
 def _signature_options(command: Command) -> Command:
     """The options that decide what a signature is and how it is kept."""
     for option in reversed((
+        click.option("--recipe", type=click.Choice(list(RECIPES)), default="paper", show_default=True, is_eager=True,
+                     expose_value=False, callback=_take_recipe, help="Defaults of the options below and of "
+                     "--calibration. compact: 1,012 bytes a document, the project's own choice."),
         click.option("--alpha", type=float, default=0.0, show_default=True, help="Weight of a position: its residual's "
                      "norm to this power."),
         click.option("--kr", type=int, default=128, show_default=True, help="Sketch width of the residual."),
@@ -133,7 +146,8 @@ def _signature_options(command: Command) -> Command:
 @click.option("--option", "settings", multiple=True, metavar="FIELD=VALUE", help="A field of the method's "
               "configuration: layer=3 of hidden, variant=sparse of lm-head. Can be given again.")  # fmt: skip
 @click.option("--calibration", default="none", show_default=True, help="none, center, power:P, or median-bit (the only "
-              "one of --dtype bit); fitted on the pool.")  # fmt: skip
+              "one of --dtype bit), each also with +spread: scores in units of their spread over the pool. Fitted on "
+              "the pool.")  # fmt: skip
 @_signature_options
 def score(**options: Any) -> None:
     """Score a pool of documents against a set of queries.
@@ -154,8 +168,8 @@ def index() -> None:
 @click.option("--model", required=True, help="Directory, hub id, or pypi:NAME==VERSION/MEMBER.")
 @click.option("--data", required=True, type=FILE, help="JSONL, JSON or Parquet with text; optional id.")
 @click.option("--out", required=True, type=FILE, help="Directory of the index.")
-@click.option("--calibration", help="Fitted on these documents and kept: center, power:P, or none. An index of bits "
-              "has median-bit. Each also with +spread: scores in units of their spread over these documents.")  # fmt: skip
+@click.option("--calibration", help="Fitted on these documents and kept: center, power:P, or none; median-bit for "
+              "bits. Each also with +spread: scores in units of their spread over these documents.")  # fmt: skip
 @click.option("--fit-documents", type=int, default=2000, show_default=True,
               help="Documents of the sample that median-bit is fitted on.")  # fmt: skip
 @click.option("--shard-tokens", type=int, default=16_384, show_default=True,
@@ -223,9 +237,14 @@ def index_verify(directory: Path) -> None:
 @click.option("--index", required=True, type=FILE, help="Directory of the index.")
 @click.option("--text", help="A text.")
 @click.option("--queries", type=FILE, help="Or a file of texts; JSONL, JSON or Parquet.")
+@click.option("--prompt", help="Or what the index's model continues first: prompt and continuation are the text.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Most tokens of the continuation.")  # fmt: skip
 @click.option("--data", type=FILE, multiple=True, help="The documents' file, to show how their texts begin; can be "
               "given again.")  # fmt: skip
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Documents to name.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Name as many positions of each document, those that gave "
+              "the most to its score; needs --data.")  # fmt: skip
 @click.option("--out", type=FILE, help="JSON to write as well, with a ranking a query.")
 @click.option("--model", help="Where the index's model lies now, if it has moved.")
 @click.option("--calibration", help="none, center, or power:P, fitted on the index first; default the index's own.")
@@ -234,7 +253,7 @@ def attribute(**options: Any) -> None:
 
     A score is a mean over the queries, and the sum of its parts from the lexical (RH) and the semantic channel (GH).
     """
-    from flows.indexing import attribute as find
+    from flows.attribute import attribute as find
 
     print(find(**options))
 

@@ -13,8 +13,8 @@ from tasks.evaluation.task import evaluate, prepare
 from tasks.pool.task import pool
 from tasks.pretraining.task import pretrain
 from tasks.reporting.task import publish, report
-from tasks.scoring.config import IndexType, PerplexityConfig, RiseConfig
-from tasks.scoring.methods import sketch_name
+from tasks.scoring.config import PerplexityConfig, RiseConfig
+from tasks.scoring.methods import shared_type, sketch_name
 from tasks.scoring.task import needs_readout, readout, score, tokens
 from tasks.selection.ledger import ArmFiles, ledger_digest
 from tasks.selection.task import ledger, oracle, select
@@ -51,25 +51,20 @@ def _run(config: ClosedLoopConfig, out: Path, refresh: frozenset[str]) -> str:
     documents = made(pool, config.pool, stage="pool", directory=".", seed=config.seed)
     counted = made(tokens, config.scorer, documents, stage="scoring", directory="tokens")
 
-    reads: dict[IndexType, Ref] = {}
-    rises = [method for method in config.arms.values() if isinstance(method, RiseConfig)]
-    first: IndexType = rises[0].index_type if rises else "fp16"
-    wants_losses = any(isinstance(method, PerplexityConfig) for method in config.arms.values())
+    read = None
+    if any(needs_readout(method) for method in config.arms.values()):
+        # One forward pass serves perplexity and every RISE arm; an arm makes its own type of index from its floats.
+        rises = [method for method in config.arms.values() if isinstance(method, RiseConfig)]
+        read = made(
+            readout, config.scorer, {sketch_name(rise.sketch): rise.sketch for rise in rises}, documents,
+            stage="scoring", directory="readout", name="readout", stored=shared_type(rises),
+            losses=any(isinstance(method, PerplexityConfig) for method in config.arms.values()),
+        )  # fmt: skip
     selected: dict[str, Ref] = {}
     scored: dict[str, Ref] = {}
     for arm, method in config.arms.items():
-        read = None
-        if needs_readout(method):
-            # One forward pass serves every RISE arm of a type of index, and perplexity takes its losses from the first.
-            stored = method.index_type if isinstance(method, RiseConfig) else first
-            if stored not in reads:
-                sketches = {sketch_name(rise.sketch): rise.sketch for rise in rises if rise.index_type == stored}
-                reads[stored] = made(
-                    readout, config.scorer, sketches, documents, stage="scoring", directory=f"readout-{stored}",
-                    name=f"readout-{stored}", stored=stored, losses=wants_losses and stored == first,
-                )  # fmt: skip
-            read = reads[stored]
-        scored[arm] = made(score, method, config.scorer, documents, read, stage="scoring", directory=arm, arm=arm)
+        of_arm = read if needs_readout(method) else None
+        scored[arm] = made(score, method, config.scorer, documents, of_arm, stage="scoring", directory=arm, arm=arm)
         selected[arm] = made(select, config.selection, documents, scored[arm], stage="selection", directory=arm,
                              arm=arm)  # fmt: skip
     if config.oracle:

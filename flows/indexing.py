@@ -1,26 +1,19 @@
-"""``rise index …`` and ``rise attribute``: signatures on disk, and the documents that moved a model towards a text."""
+"""``rise index …``: signatures on disk."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.common.config import parse
 from tasks.common.errors import InputError
-from tasks.common.files import sha256_file, write_json
-from tasks.pool.cleaning import lone_surrogate
-from tasks.pool.documents import COLUMNS, content_id, read_documents, write_documents
+from tasks.common.files import sha256_file
+from tasks.pool.documents import read_documents, write_documents
 from tasks.scoring.config import FitConfig, ScorerConfig, SketchConfig, check_type
-
-if TYPE_CHECKING:
-    from tasks.scoring.search import Hit
-
-EXCERPT = 80
-"""Characters of a text that are shown."""
 
 
 def build(
@@ -145,64 +138,6 @@ def verify(directory: Path) -> str:
     return f"{shards} shards, {documents} documents whole"
 
 
-def attribute(
-    *, index: Path, text: str | None, queries: Path | None, data: Sequence[Path], top: int, out: Path | None,
-    model: str | None, calibration: str | None,
-) -> str:  # fmt: skip
-    """Find the documents of an index that moved its model most towards a text or a file of queries.
-
-    Args:
-        index: the index.
-        text: one query.
-        queries: a file of queries.
-        data: files that hold the documents' texts, to show their beginnings.
-        top: documents to name.
-        out: JSON to write as well: the ranking, its two channels, and a ranking a query.
-        model: where the index's model lies now; None takes the place it was read from.
-        calibration: None takes the index's own; another is fitted on the index first.
-
-    Returns:
-        A table: rank, score, its parts from RH and GH, document.
-
-    Raises:
-        InputError: a file cannot be used, the model is another one, or a query has no signature.
-    """
-    import numpy as np
-
-    from tasks.scoring import search
-    from tasks.scoring.build import query_index
-    from tasks.scoring.calibration import empty
-    from tasks.scoring.index import Index
-
-    if (text is None) == (queries is None):
-        raise InputError("give either --text or --queries")
-    whole = Index(index)
-    fitted = search.fitted_for(whole, whole.calibration_name if calibration is None else calibration)
-    with tempfile.TemporaryDirectory() as folder:
-        documents = Path(folder) / "queries.parquet"
-        _write_queries(documents, text, queries)
-        asked = query_index(whole, documents, Path(folder) / "queries", model=model)
-        query_ids, query_QD = asked.doc_ids, np.concatenate(list(asked.blocks()))
-    for query_id, silent in zip(query_ids, empty(query_QD), strict=True):
-        if silent:
-            raise InputError(f"the query {query_id} is a single token, so nothing in it is predicted; give more text",
-                             file=queries, field="text")  # fmt: skip
-    hits = search.mean_pooled(whole, query_QD, top, fitted=fitted)
-    rows = _rows(hits, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), _texts(data, hits))
-    if out is not None:
-        each = search.per_query(whole, query_QD, top, fitted=fitted)
-        write_json(out, {
-            "index": str(index), "model": whole.manifest["model"], "type": whole.stored,
-            "calibration": whole.calibration_name if calibration is None else calibration, "ranking": rows,
-            "per_query": [
-                {"query_id": query_id, "ranking": [{"rank": rank, "doc_id": hit.doc_id, "score": hit.score}
-                                                   for rank, hit in enumerate(found, 1)]}
-                for query_id, found in sorted(zip(query_ids, each, strict=True), key=lambda pair: pair[0])
-            ],
-        })  # fmt: skip
-    return _table(rows)
-
-
 @contextmanager
 def _as_parquet(data: Path, on_bad_row: Any) -> Iterator[Path]:
     """The documents of a file as the stages read them, for as long as they are needed."""
@@ -214,49 +149,3 @@ def _as_parquet(data: Path, on_bad_row: Any) -> Iterator[Path]:
         write_documents(documents, read.table)
         del read
         yield documents
-
-
-def _write_queries(path: Path, text: str | None, queries: Path | None) -> None:
-    if queries is not None:
-        write_documents(path, read_documents(queries).table)
-        return
-    import pyarrow as pa
-
-    text = (text or "").strip()
-    if not text or lone_surrogate(text) is not None:
-        raise InputError("--text is empty" if not text else "--text is not UTF-8")
-    row = dict(zip(COLUMNS, (content_id(text), text, None, None), strict=True))
-    write_documents(path, pa.Table.from_pylist([row], schema=pa.schema([(name, pa.string()) for name in COLUMNS])))
-
-
-def _texts(data: Sequence[Path], hits: Sequence[Hit]) -> dict[str, str]:
-    """The texts of the documents that were found, as far as the files have them."""
-    wanted = {hit.doc_id for hit in hits}
-    texts: dict[str, str] = {}
-    for path in data:
-        table = read_documents(path).table
-        pairs = zip(table.column("doc_id").to_pylist(), table.column("text").to_pylist(), strict=True)
-        texts |= {doc_id: text for doc_id, text in pairs if doc_id in wanted}
-    return texts
-
-
-def _rows(hits: Sequence[Hit], channels: list[list[float]], texts: dict[str, str]) -> list[dict[str, Any]]:
-    return [
-        {"rank": rank, "doc_id": hit.doc_id, "score": hit.score, "rh": rh, "gh": gh,
-         **({"text": shown(texts[hit.doc_id])} if hit.doc_id in texts else {})}
-        for rank, (hit, (rh, gh)) in enumerate(zip(hits, channels, strict=True), 1)
-    ]  # fmt: skip
-
-
-def shown(text: str) -> str:
-    """The beginning of a text on one line, with whatever a terminal would act on spelled out."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text[:EXCERPT])
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'rank':>4}  {'score':>9}  {'RH':>9}  {'GH':>9}  document"]
-    for row in rows:
-        text = f"  {row['text']}" if "text" in row else ""
-        lines.append(f"{row['rank']:>4}  {row['score']:>9.5f}  {row['rh']:>9.5f}  {row['gh']:>9.5f}  "
-                     f"{shown(row['doc_id'])}{text}")  # fmt: skip
-    return "\n".join(lines)

@@ -30,7 +30,8 @@ class StudyPool(Config):
     split: Literal["dev", "heldout"]
     """``dev``: the rule chooses on it; ``heldout``: the choice is reported on it."""
     pool: PoolConfig
-    """The pool; in a file also the path of a YAML file with its fields, relative to the study's file."""
+    """The pool; in a file also the path of a YAML file with its fields, relative to the study's file, or that path as
+    ``file`` beside the fields that differ."""
     ks: tuple[int, ...] = Field(KS, min_length=1)
     """The Ks that are averaged over; Table 34 has 5, 10, 50, 100 for Howdy! and Finance–Medical."""
 
@@ -128,9 +129,13 @@ def _read_pools(values: dict[str, Any], path: Path) -> None:
     if not isinstance(pools, dict):
         return  # parse says what is wrong with it
     for name, pool in pools.items():
-        if isinstance(pool, dict) and isinstance(pool.get("pool"), str):
-            file = path.parent / pool["pool"]
+        given = pool.get("pool") if isinstance(pool, dict) else None
+        changed = dict(given) if isinstance(given, dict) else {}
+        source = changed.pop("file", None) if changed else given
+        if isinstance(source, str):
+            file = path.parent / source
             if not file.is_file():
                 raise InputError(f"no such pool file: {file}", file=path, field=f"pools.{name}.pool")
-            pool["pool"] = read_yaml(file)
-            parse(PoolConfig, pool["pool"], file)  # an error in it names its own file
+            fields = read_yaml(file)
+            parse(PoolConfig, fields, file)  # an error in it names its own file
+            pool["pool"] = {**fields, **changed}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common.errors import InputError
-from tasks.common.files import read_json
+from tasks.common.files import read_json, sha256_json
 from tasks.scoring import calibration, index, store
 from tasks.scoring.config import FitConfig, IndexType, check_type
 from tasks.scoring.index import Index
@@ -75,5 +75,5 @@ def _identity(source: Index, stored: IndexType, fit: FitConfig | None) -> dict[s
     """What the source's own plan says, with the new type, and which index it was made from."""
     plan = read_json(source.directory / index.PLAN)
     kept = {key: value for key, value in plan.items() if key not in ("format", "type", "calibration")}
-    return {**kept, "type": stored, "converted": source.manifest["sha256"],
+    return {**kept, "type": stored, "converted": sha256_json(source.manifest["shards"]),
             **({"calibration": fit.plain()} if fit else {})}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,11 @@ def read_out(
 def sketch_name(sketch: SketchConfig) -> str:
     """The name under which a readout keeps a sketch's indexes for the stages after it."""
     return sha256_json(sketch.plain())[:8]
+
+
+def shared_type(rises: Iterable[RiseConfig]) -> IndexType:
+    """The type of a readout that several methods share; each makes its own type of index from its floats."""
+    return "fp32" if any(rise.index_type == "fp32" for rise in rises) else "fp16"
 
 
 def token_counts(scorer: ScorerConfig, documents: Path) -> pa.Table:

@@ -299,7 +299,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(
     with monkeypatch.context() as little:
         usage = gradients.shutil.disk_usage(tmp_path)._replace(free=0)
         little.setattr(gradients.shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(InputError, match=rf"{config.method} needs about .* GiB of disk"):
+        with pytest.raises(InputError, match=rf"out of disk: {config.method} needs about .* GiB"):
             score_pool(config, request)
     with pytest.raises(AssertionError, match="was loaded"):
         score_pool(config, request)

@@ -129,9 +129,10 @@ def test_one_array_or_several_read_in_blocks_or_whole_are_the_same(
 
 def test_a_sample_is_spread_over_all_parts() -> None:
     parts = np.array_split(np.eye(50, dtype=np.float32), 3)
-    drawn = np.concatenate(list(similarity._spread(parts, 10))).argmax(axis=1)
-    assert drawn.tolist() == [0, 5, 10, 16, 21, 27, 32, 38, 43, 49]
-    assert sum(map(len, similarity._spread(parts, 99))) == 50
+    places = similarity._evenly(parts, 10)
+    assert places.tolist() == [0, 5, 10, 16, 21, 27, 32, 38, 43, 49]
+    assert np.concatenate(list(similarity._some(parts, places))).argmax(axis=1).tolist() == places.tolist()
+    assert len(similarity._evenly(parts, 99)) == 50
 
 
 def test_features_are_made_once_and_only_what_is_missing(tmp_path: Path) -> None:

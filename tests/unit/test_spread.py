@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from flows.cli import rise
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, write_json
 from tasks.scoring import calibration, index, search
@@ -15,6 +19,7 @@ from tasks.scoring.build import append_index, build_index, query_index
 from tasks.scoring.config import FitConfig, RiseConfig, ScorerConfig, SketchConfig
 from tasks.scoring.convert import convert_index
 from tasks.scoring.index import Index
+from tasks.scoring.methods import Request, score_pool
 from tasks.scoring.rivals.similarity import cosine_scores
 from tasks.scoring.spread import Spread, sample
 from tests.tiny import tiny_llama
@@ -216,3 +221,47 @@ def test_a_killed_build_makes_the_spreads_that_are_missing(pool: Path, scorer: S
 def test_a_search_cannot_ask_for_a_spread_that_is_not_kept(whole: Index) -> None:
     with pytest.raises(InputError, match="keeps no spreads"):
         search.fitted_for(whole, "center+spread")
+
+
+# What a fit may see
+
+
+@pytest.mark.parametrize("name", ["center", "power:0.3+spread", "median-bit+spread"])
+def test_neither_labels_nor_other_queries_reach_a_fit(
+    pool: Path, scorer: ScorerConfig, tmp_path: Path, name: str
+) -> None:
+    """The scores for a query are the same bytes whatever the labels say and whatever else is asked."""
+    documents = pq.read_table(pool)
+    asked = pq.read_table(parquet(tmp_path / "q.parquet", rows(6, 1, "query")))
+    made = []
+    for number, (labels, count) in enumerate([("control", 6), ("junk", 6), ("control", 2)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pq.write_table(documents.append_column("label", pa.array([labels] * len(documents))), folder / "pool.parquet")
+        pq.write_table(asked.slice(0, count), folder / "queries.parquet")
+        request = Request(folder / "pool.parquet", folder / "queries.parquet", scorer, folder / "work")
+        index_type = "bit" if name.startswith("median") else "fp16"
+        scores = score_pool(RiseConfig(sketch=SKETCH, calibration=name, index_type=index_type), request)
+        assert scores.per_query is not None
+        made.append({query: scores.per_query[row] for row, query in enumerate(scores.query_ids)})
+    assert all((made[0][query] == made[1][query]).all() for query in made[0])
+    assert len(made[2]) == 2
+    for query, scored in made[2].items():
+        assert scored == pytest.approx(made[0][query], rel=1e-5, abs=1e-7)
+
+
+def test_a_recipe_stands_for_the_options_that_are_not_given(
+    whole: Index, scorer: ScorerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pool.jsonl").write_text("\n".join(json.dumps(row) for row in rows(12, 3)))
+    rise.main(["index", "build", "--model", scorer.model, "--data", str(tmp_path / "pool.jsonl"), "--out",
+               str(tmp_path / "index"), "--recipe", "compact", "--kr", "16", "--precision", "float32"],
+              standalone_mode=False)  # fmt: skip
+    made = Index(tmp_path / "index")
+    assert {name: made.manifest["sketch"][name] for name in ("kr", "kh", "kg", "alpha")} == {
+        "kr": 16, "kh": 16, "kg": 120, "alpha": 1.0}  # fmt: skip
+    assert (made.stored, made.calibration_name) == ("bit", "median-bit+spread")
+    rise.main(["index", "convert", str(whole.directory), "--out", str(tmp_path / "bits"), "--dtype", "bit",
+               "--calibration", "median-bit+spread"], standalone_mode=False)  # fmt: skip
+    assert Index(tmp_path / "bits").standardizes
+    assert capsys.readouterr().out.count("documents in the index") == 2

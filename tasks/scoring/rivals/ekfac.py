@@ -63,7 +63,8 @@ def ekfac_scores(config: EkfacConfig, request: Request) -> PerQuery:
             write_tokens(documents, rows[name], library / f"{name}.npz")
         passes = 2 + -(-len(rows["queries"]) // config.query_batch_size)
         run_child(
-            __name__, {"config": config.plain(), "scorer": reading.scorer.plain(), "layers": layers,
+            __name__, {"config": config.plain(), "model": str(reading.located.path), "layers": layers,
+                       "precision": reading.scorer.precision,
                        "library": str(library), "index": str(request.work / "index")},
             request.work / "kronfluence.log", label="influence", threads=reading.scorer.threads, report=request.report,
             documents=passes * len(rows["pool"]) + len(rows["queries"]),
@@ -197,11 +198,9 @@ def pairwise(
 def work(given: dict[str, Any]) -> None:
     """Score every pair, in a process of its own: the library changes the model and keeps global state."""
     from tasks.common.models import load_causal_lm, locate, torch_dtype
-    from tasks.scoring.config import ScorerConfig
 
-    scorer, library = ScorerConfig(**given["scorer"]), Path(given["library"])
-    located = locate(scorer.model, revision=scorer.revision)
-    model = load_causal_lm(located, dtype=torch_dtype(scorer.precision))
+    library = Path(given["library"])
+    model = load_causal_lm(locate(given["model"]), dtype=torch_dtype(given["precision"]))
     task = LanguageModel(given["layers"], given["config"]["loss_reduction"])
     pool, queries = (read_tokens(library / f"{name}.npz") for name in ("pool", "queries"))
     scores = pairwise(task, model, pool, queries, given["config"], library)

@@ -85,8 +85,8 @@ class Gradients(Reading):
         require_memory(model + tokens * (12 * config.vocab_size + activations), device(), what, WAY_OUT)
         need = stored - sum(file.stat().st_size for file in work.rglob("*.npy"))
         if need > (free := shutil.disk_usage(work).free):
-            raise InputError(f"{what} needs about {need / 2**30:.1f} GiB of disk, this machine has {free / 2**30:.1f} "
-                             f"free; {WAY_OUT}", file=work)  # fmt: skip
+            raise InputError(f"out of disk: {what} needs about {need / 2**30:.1f} GiB, this machine has "
+                             f"{free / 2**30:.1f} free; {WAY_OUT}", file=work)  # fmt: skip
 
 
 def skeleton(located: Located) -> PreTrainedModel:

@@ -1,0 +1,228 @@
+"""The indexes of a pool that grows, one for each model and sketch, each run's documents appended to it once.
+
+``DIR/indexes/KEY`` is the index; ``KEY.json`` beside it says what it was begun from. ``DIR/tokens/KEY/NNNN.parquet`` has
+the lengths of a run's documents in the scorer's tokens, not cut at ``max_length``; ``DIR/queries/KEY/DIGEST`` is the
+index of a query set.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import model_validator
+
+from tasks.common.config import Config
+from tasks.common.errors import InputError
+from tasks.common.files import canonical_json, read_json, sha256_json, whole_file, write_json
+from tasks.common.models import locate, torch_dtype
+from tasks.common.progress import Report
+from tasks.pool.documents import content_id, read_documents, write_documents
+from tasks.pool.intake import DOCUMENTS, KEPT, read_texts
+from tasks.scoring import index
+from tasks.scoring.build import VERSION, append_index, build_index, query_index
+from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
+from tasks.scoring.index import Index
+from tasks.scoring.search import Scores, score
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+UNCUT = 1 << 30
+"""Tokens that no document has: the ``max_length`` of lengths that are not cut."""
+
+
+class SignatureConfig(Config):
+    """What is kept of a document, and how it is compared."""
+
+    sketch: SketchConfig = SketchConfig()
+    """Algorithm 2's parameters."""
+    stored: IndexType = "bit"
+    """Type of the stored signatures; bit is the smallest."""
+    fit: FitConfig | None = FitConfig()
+    """Calibration, fitted on the documents that an index is begun with and kept from then on; None for none."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> SignatureConfig:
+        check_type(self.stored, self.fit.name if self.fit else "none")
+        return self
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the index of a model and a sketch stands."""
+
+    root: Path
+    """Directory of the curation."""
+    key: str
+    """Name of the index: equal where every signature is."""
+
+    @property
+    def index(self) -> Path:
+        """The index."""
+        return self.root / "indexes" / self.key
+
+    @property
+    def begun(self) -> Path:
+        """JSON of what the index was begun from: runs and the scorer's plan of shards."""
+        return self.root / "indexes" / f"{self.key}.json"
+
+    def tokens(self, run: int) -> Path:
+        """Lengths of one run's documents."""
+        return self.root / "tokens" / self.key / f"{run:04d}.parquet"
+
+    def queries(self, digest: str) -> Path:
+        """Index of a query set."""
+        return self.root / "queries" / self.key / digest[:16]
+
+
+def place_of(root: Path, scorer: ScorerConfig, signature: SignatureConfig) -> Place:
+    """The place of a model and a sketch: another where any signature would be another one."""
+    located = locate(scorer.model, revision=scorer.revision)
+    return Place(root, sha256_json({
+        "version": VERSION, "model": located.digest, "precision": str(torch_dtype(scorer.precision)),
+        "max_length": scorer.max_length, **signature.plain(),
+    })[:16])  # fmt: skip
+
+
+def grow(
+    place: Place, scorer: ScorerConfig, signature: SignatureConfig, intakes: Sequence[Path], *,
+    report: Report | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Bring an index up to the documents of all runs, or go on with that; what it holds is not scored again.
+
+    An index is begun with the documents of all runs so far; then every run's documents are one append, so that an
+    append that was killed is finished before the next.
+
+    Args:
+        place: where the index stands.
+        scorer: the model.
+        signature: what is kept of a document.
+        intakes: the runs' intakes from the first on, at least one of them with a document.
+        report: told the share done.
+
+    Returns:
+        ``documents`` and ``tokens`` that went through the model in this call or in one of this run that was killed,
+        and ``held``, the documents of the index.
+    """
+    counts = [_rows(intake) for intake in intakes]
+    if not place.begun.exists():
+        write_json(place.begun, {"runs": len(intakes), "model": scorer.model, "revision": scorer.revision,
+                                 "batch_tokens": scorer.batch_tokens, "shard_tokens": scorer.shard_tokens,
+                                 "signature": signature.plain()})  # fmt: skip
+    begun = read_json(place.begun)
+    # The plan of an unfinished build or append must not move under it.
+    planned = scorer.model_copy(update={name: begun[name] for name in ("batch_tokens", "shard_tokens")})
+    first = begun["runs"]
+    if not (place.index / index.MANIFEST).exists():
+        documents = intakes[0] / DOCUMENTS
+        if first > 1:
+            documents = place.index.with_suffix(".documents.parquet")
+            _join(intakes[:first], documents)
+        build_index(documents, place.index, planned, signature.sketch, stored=signature.stored, fit=signature.fit,
+                    label="scoring", report=report)  # fmt: skip
+        if first > 1:
+            documents.unlink()
+    for run in range(first, len(intakes)):
+        if counts[run] and len(Index(place.index)) < sum(counts[: run + 1]):
+            append_index(intakes[run] / DOCUMENTS, place.index, planned, label="scoring", report=report)
+    for run, intake in enumerate(intakes, 1):
+        if not place.tokens(run).exists():
+            _write(place.tokens(run), _lengths(scorer, intake / DOCUMENTS))
+    whole = Index(place.index)
+    if len(whole) != sum(counts):
+        raise InputError(f"holds {len(whole)} documents, and the runs took in {sum(counts)}; restore it from a copy, "
+                         "or remove it to score them again", file=place.index)  # fmt: skip
+    last = whole.manifest["batches"][-1]
+    made = last if first == len(intakes) or counts[-1] else {"documents": 0, "tokens": 0}
+    return {"documents": made["documents"], "tokens": made["tokens"], "held": len(whole)}
+
+
+def _rows(intake: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(intake / DOCUMENTS).metadata.num_rows
+
+
+def _join(intakes: Sequence[Path], out: Path) -> None:
+    import pyarrow as pa
+
+    _write(out, pa.concat_tables(read_texts(intakes, KEPT)))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    import pyarrow.parquet as pq
+
+    with whole_file(path) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+def _lengths(scorer: ScorerConfig, documents: Path) -> pa.Table:
+    from tasks.scoring.methods import token_counts
+
+    return token_counts(scorer.model_copy(update={"max_length": UNCUT}), documents)
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """The documents that say what is wanted."""
+
+    table: pa.Table
+    """doc_id, text, label, source."""
+    digest: str
+    """SHA-256 over ids and texts, by id."""
+
+
+def read_queries(path: Path) -> QuerySet:
+    """Read a query set.
+
+    Raises:
+        InputError: as :func:`read_documents`.
+    """
+    table = read_documents(path).table.sort_by("doc_id")
+    pairs = zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True)
+    return QuerySet(table, content_id(canonical_json([[doc_id, text] for doc_id, text in pairs])))
+
+
+def search_for(place: Place, scorer: ScorerConfig, queries: QuerySet) -> Scores:
+    """Scores of all documents of an index for a query set, whose signatures are made once.
+
+    Raises:
+        InputError: no query has two tokens.
+    """
+    import numpy as np
+
+    from tasks.scoring.calibration import empty
+
+    whole, out = Index(place.index), place.queries(queries.digest)
+    if not (out / index.MANIFEST).exists():
+        shutil.rmtree(out, ignore_errors=True)  # an unfinished one may be of another plan of shards; seconds
+        documents = out.with_suffix(".documents.parquet")
+        write_documents(documents, queries.table)
+        query_index(whole, documents, out, model=None if scorer.revision else scorer.model)
+        documents.unlink()
+    asked = Index(out)
+    if all(bool(empty(block).all()) for block in asked.blocks()):
+        raise InputError("every query is a single token, so nothing in it is predicted; give more text", field="queries")
+    found = score(whole, asked, calibrated=whole.calibration_name)
+    if not np.isfinite(found.mean).all():
+        raise InputError("gives scores that are no numbers; check the model", file=scorer.model)
+    return found
+
+
+def best_query(scores: Scores, places: Sequence[int]) -> list[str]:
+    """Id of the query that each of some documents matches best; of equal ones the smallest."""
+    import numpy as np
+
+    assert scores.per_query is not None  # RISE looks at the queries
+    order = np.argsort(np.array(scores.query_ids, dtype=object), kind="stable")
+    values_QK = scores.per_query[order][:, list(places)]
+    return [scores.query_ids[order[row]] for row in values_QK.argmax(axis=0)]
+
+
+def described(place: Place) -> dict[str, Any]:
+    """What an index was begun from."""
+    return dict(read_json(place.begun))
