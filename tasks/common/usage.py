@@ -31,7 +31,7 @@ class Usage:
     """Part of it spent in :func:`searching`, in seconds."""
     peak_mib: float | None = None
     """Most memory in use at once, in MiB: the accelerator's where this process has one, else this process's resident
-    set, the interpreter and its libraries included. Child processes are not counted."""
+    set, the interpreter and its libraries included. Of a child process what :func:`count_child` is told."""
     bytes_a_document: float | None = None
     """Bytes kept on disk for a document of the pool."""
     queries: int | None = None
@@ -64,7 +64,7 @@ def measured() -> Iterator[Usage]:
     finally:
         _current.reset(token)
     usage.seconds = time.perf_counter() - start
-    usage.peak_mib = _peak_mib() if known else None
+    usage.peak_mib = max(_peak_mib(), usage.peak_mib or 0.0) if known else None
 
 
 @contextmanager
@@ -76,6 +76,15 @@ def searching() -> Iterator[None]:
     usage = _current.get()
     if usage is not None:
         usage.search_seconds = (usage.search_seconds or 0.0) + time.perf_counter() - start
+
+
+def count_child(peak_mib: float | None, search_seconds: float | None) -> None:
+    """Count what a process of its own took, as :func:`measured` told there: its peak and its seconds of search."""
+    usage = _current.get()
+    if usage is not None:
+        usage.peak_mib = max(peak_mib or 0.0, usage.peak_mib or 0.0)
+        if search_seconds is not None:
+            usage.search_seconds = (usage.search_seconds or 0.0) + search_seconds
 
 
 def kept_bytes(directory: Path) -> int:

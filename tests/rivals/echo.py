@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tasks.common.errors import InputError
+from tasks.common.usage import searching
 from tasks.scoring.rivals.child import serve, tell
 
 
@@ -20,6 +23,10 @@ def work(given: dict[str, Any]) -> None:
             raise InputError("is not right", file="pool.parquet", row=3, field="text")
         case "fail":
             raise ZeroDivisionError("the library's own fault")
+        case "grow":
+            with searching():
+                time.sleep(0.3)
+            np.ones(given["mib"] << 17)
         case "wait":
             Path(given["pid"]).write_text(str(os.getpid()))
             time.sleep(120)

@@ -18,6 +18,7 @@ import pytest
 from tasks.common import models
 from tasks.common.errors import InputError
 from tasks.common.files import write_text
+from tasks.common.usage import measured
 from tasks.scoring.batching import Tokenized
 from tasks.scoring.config import EkfacConfig, MethodConfig, TrackStarConfig
 from tasks.scoring.methods import Request, score_pool
@@ -25,9 +26,9 @@ from tasks.scoring.rivals import ekfac, trackstar
 from tasks.scoring.rivals.child import read_tokens, run_child, write_tokens
 
 
-def echo(folder: Path, then: str, **options: object) -> None:
-    run_child("tests.rivals.echo", {"then": then, "pid": str(folder / "pid")}, folder / "echo.log", label="echo",
-              documents=8, **options)  # type: ignore[arg-type]  # fmt: skip
+def echo(folder: Path, then: str, *, mib: int = 0, **options: object) -> None:
+    run_child("tests.rivals.echo", {"then": then, "pid": str(folder / "pid"), "mib": mib}, folder / "echo.log",
+              label="echo", documents=8, **options)  # type: ignore[arg-type]  # fmt: skip
 
 
 def test_progress_is_told_and_the_log_goes_when_all_went_well(tmp_path: Path) -> None:
@@ -35,6 +36,17 @@ def test_progress_is_told_and_the_log_goes_when_all_went_well(tmp_path: Path) ->
     echo(tmp_path, "end", report=shares.append)
     assert shares == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_it_used_counts(tmp_path: Path) -> None:
+    with measured() as alone:
+        pass
+    with measured() as usage:
+        echo(tmp_path, "grow", mib=int(alone.peak_mib or 0) + 200)
+    assert alone.peak_mib is not None
+    assert usage.peak_mib is not None
+    assert usage.peak_mib > alone.peak_mib + 200
+    assert 0.3 <= (usage.search_seconds or 0) < 5
 
 
 def test_what_the_user_gave_wrong_arrives_whole(tmp_path: Path) -> None:

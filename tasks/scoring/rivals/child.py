@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, whole_file, write_json
 from tasks.common.progress import Progress, Report
+from tasks.common.usage import count_child, measured
 from tasks.scoring.batching import Tokenized
 
-DONE = "documents-done"
-"""First word of the lines by which the process tells that it is through with so many more documents."""
+DONE, USED = "documents-done", "used"
+"""First words of the lines by which the process tells that so many more documents are done, and what it used."""
 INSTALL = "pip install '.[rivals]' && pip install --no-deps bergson==2.5.1 kronfluence==1.0.1"
 """In two steps: what both libraries declare would replace torch, or put a torchvision beside it that breaks it."""
 
@@ -91,6 +93,8 @@ def run_child(
                 word, _, count = line.partition(" ")
                 if word == DONE:
                     progress.add(int(count))
+                elif word == USED:
+                    count_child(**json.loads(count))
                 else:
                     messages.write(line)
         if process.returncode == 0:
@@ -109,7 +113,9 @@ def serve(work: Callable[[dict[str, Any]], None]) -> None:
     spec = read_json(Path(sys.argv[1]))
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
-        work(spec["given"])
+        with measured() as usage:
+            work(spec["given"])
+        print(USED, json.dumps({"peak_mib": usage.peak_mib, "search_seconds": usage.search_seconds}), flush=True)
     except InputError as error:
         write_json(Path(spec["failure"]), {
             "problem": error.problem, "file": error.file, "row": error.row, "field": error.field})  # fmt: skip

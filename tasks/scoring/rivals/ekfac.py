@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tasks.common.errors import InputError
 from tasks.common.files import whole_file, write_text
+from tasks.common.usage import searching
 from tasks.scoring.rivals.child import read_tokens, require, run_child, serve, tell, write_tokens
 
 if TYPE_CHECKING:
@@ -187,10 +188,11 @@ def pairwise(
             factor_args=FactorArguments(strategy="ekfac", covariance_max_examples=None, lambda_max_examples=None),
         )  # fmt: skip
         write_text(out / FITTED, "")
-    analyzer.compute_pairwise_scores(
-        NAME, NAME, queries, pool, per_device_query_batch_size=config["query_batch_size"], overwrite_output_dir=True,
-        per_device_train_batch_size=config["batch_size"], score_args=ScoreArguments(damping_factor=config["damping"]),
-    )  # fmt: skip
+    how = {"per_device_query_batch_size": config["query_batch_size"], "overwrite_output_dir": True,
+           "per_device_train_batch_size": config["batch_size"]}  # fmt: skip
+    with searching():  # there is no index of the pool: a search takes its gradients again
+        analyzer.compute_pairwise_scores(NAME, NAME, queries, pool, **how,
+                                         score_args=ScoreArguments(damping_factor=config["damping"]))  # fmt: skip
     scores: NDArray[np.float32] = analyzer.load_pairwise_scores(NAME)["all_modules"].float().numpy()
     return scores
 
