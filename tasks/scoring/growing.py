@@ -1,8 +1,8 @@
 """The indexes of a pool that grows, one for each model and sketch, each run's documents appended to it once.
 
-``DIR/indexes/KEY`` is the index; ``KEY.json`` beside it says what it was begun from. ``DIR/tokens/KEY/NNNN.parquet`` has
-the lengths of a run's documents in the scorer's tokens, not cut at ``max_length``; ``DIR/queries/KEY/DIGEST`` is the
-index of a query set.
+``DIR/indexes/KEY`` is the index; ``KEY.json`` beside it says what it was begun from. ``DIR/tokens/KEY/NNNN.parquet``
+has the lengths of a run's documents in the scorer's tokens, not cut at ``max_length``; ``DIR/queries/KEY/DIGEST`` is
+the index of a query set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
@@ -105,8 +105,10 @@ def grow(
         report: told the share done.
 
     Returns:
-        ``documents`` and ``tokens`` that went through the model in this call or in one of this run that was killed,
-        and ``held``, the documents of the index.
+        ``documents`` and ``tokens`` (as the scorer read them) of the index.
+
+    Raises:
+        InputError: the index holds other documents.
     """
     counts = [_rows(intake) for intake in intakes]
     if not place.begun.exists():
@@ -136,9 +138,7 @@ def grow(
     if len(whole) != sum(counts):
         raise InputError(f"holds {len(whole)} documents, and the runs took in {sum(counts)}; restore it from a copy, "
                          "or remove it to score them again", file=place.index)  # fmt: skip
-    last = whole.manifest["batches"][-1]
-    made = last if first == len(intakes) or counts[-1] else {"documents": 0, "tokens": 0}
-    return {"documents": made["documents"], "tokens": made["tokens"], "held": len(whole)}
+    return {"documents": len(whole), "tokens": sum(batch["tokens"] for batch in whole.manifest["batches"])}
 
 
 def _rows(intake: Path) -> int:
@@ -206,7 +206,8 @@ def search_for(place: Place, scorer: ScorerConfig, queries: QuerySet) -> Scores:
         documents.unlink()
     asked = Index(out)
     if all(bool(empty(block).all()) for block in asked.blocks()):
-        raise InputError("every query is a single token, so nothing in it is predicted; give more text", field="queries")
+        raise InputError("every query is a single token, so nothing in it is predicted; give more text",
+                         field="queries")  # fmt: skip
     found = score(whole, asked, calibrated=whole.calibration_name)
     if not np.isfinite(found.mean).all():
         raise InputError("gives scores that are no numbers; check the model", file=scorer.model)
@@ -221,8 +222,3 @@ def best_query(scores: Scores, places: Sequence[int]) -> list[str]:
     order = np.argsort(np.array(scores.query_ids, dtype=object), kind="stable")
     values_QK = scores.per_query[order][:, list(places)]
     return [scores.query_ids[order[row]] for row in values_QK.argmax(axis=0)]
-
-
-def described(place: Place) -> dict[str, Any]:
-    """What an index was begun from."""
-    return dict(read_json(place.begun))

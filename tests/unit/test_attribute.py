@@ -101,7 +101,7 @@ def test_a_prompt_is_continued_greedily_and_attributed_with_its_continuation(
 ) -> None:
     first = found(made, tmp_path / "a.json", prompt="seven wiz", max_new_tokens=9)
     said = capsys.readouterr().err
-    again = found(made, tmp_path / "b.json", prompt="seven wiz", max_new_tokens=9)
+    found(made, tmp_path / "b.json", prompt="seven wiz", max_new_tokens=9)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert said.count("generated: ") == 1
     assert f"generated: {printable(first['generation'])}\n" in said
