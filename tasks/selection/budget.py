@@ -1,0 +1,86 @@
+"""Selection under a budget: documents, a score threshold, tokens and quotas by source, any of them together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from tasks.common.config import Config
+
+OTHERS = "*"
+"""The quota of every source that has none of its own."""
+Quota = Annotated[float, Field(ge=0)]
+
+
+class BudgetConfig(Config):
+    """How much is selected. The limits that are given hold together; one of the first three is needed."""
+
+    documents: int | None = Field(None, ge=1)
+    """Most documents."""
+    threshold: float | None = Field(None, allow_inf_nan=False)
+    """Lowest score."""
+    tokens: int | None = Field(None, ge=1)
+    """Most tokens of the scorer's tokenizer, documents counted whole."""
+    quotas: dict[str, Quota] = Field(default_factory=dict)
+    """Source → most documents of it: a share of ``documents`` below 1, a number from 1 on, or 0 for none. ``*`` is the
+    quota of each source that is not named; without it those have none."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> BudgetConfig:
+        if self.documents is None and self.threshold is None and self.tokens is None:
+            raise ValueError("one of documents, threshold and tokens is needed")
+        for source, quota in self.quotas.items():
+            if quota >= 1 and quota != int(quota):
+                raise ValueError(f"quotas.{source} takes a share below 1 or a whole number of documents, not {quota}")
+            if 0 < quota < 1 and self.documents is None:
+                raise ValueError(f"quotas.{source} is a share, which needs documents: the number it is a share of")
+        return self
+
+    def quota(self, source: str) -> float:
+        """Most documents of a source; infinite without a quota."""
+        quota = self.quotas.get(source, self.quotas.get(OTHERS))
+        if quota is None:
+            return math.inf
+        return math.floor(quota * (self.documents or 0) + 1e-9) if quota < 1 else quota
+
+
+def choose(
+    budget: BudgetConfig, doc_ids: Sequence[str], scores: Sequence[float], sources: Sequence[str],
+    tokens: Sequence[int],
+) -> list[int]:  # fmt: skip
+    """Places of the selected documents, best first; ties by id.
+
+    Going down the ranking, a document whose source has had its quota is passed over. The first document that does not
+    fit into the rest of the tokens ends the selection, so that nothing worse fills the gap; one longer than the whole
+    budget is passed over.
+
+    Args:
+        budget: the limits.
+        doc_ids: ids of N documents.
+        scores: their scores, the higher the better.
+        sources: their sources.
+        tokens: their lengths.
+    """
+    chosen: list[int] = []
+    taken: Counter[str] = Counter()
+    spent = 0
+    for place in sorted(range(len(doc_ids)), key=lambda place: (-scores[place], doc_ids[place])):
+        if budget.documents is not None and len(chosen) == budget.documents:
+            break
+        if budget.threshold is not None and scores[place] < budget.threshold:
+            break
+        if taken[sources[place]] >= budget.quota(sources[place]):
+            continue
+        if budget.tokens is not None:
+            if tokens[place] > budget.tokens:
+                continue
+            if spent + tokens[place] > budget.tokens:
+                break
+        chosen.append(place)
+        taken[sources[place]] += 1
+        spent += tokens[place]
+    return chosen

@@ -1,0 +1,222 @@
+"""``curation.duckdb``: every document, score and selection of every run of a curation, and what later runs ask of it.
+
+This module is its only writer. A run's rows come in one transaction and are made from the run's files alone, so a run
+that is recorded twice stands in it once, and a ledger that was lost is made again from the runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.common.errors import InputError
+from tasks.common.files import canonical_json, read_json
+from tasks.pool.intake import DOCUMENTS, DROPPED, FILES
+
+if TYPE_CHECKING:
+    import duckdb
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+LEDGER = "curation.duckdb"
+SCORES, SELECTED, DRIFT = "scores.parquet", "selected.parquet", "drift.json"
+"""Files of a run's result."""
+TABLES = {
+    "runs": (
+        "run INTEGER, started TIMESTAMP, finished TIMESTAMP, config_digest VARCHAR, digest VARCHAR, "
+        "index VARCHAR, queries VARCHAR, files INTEGER, new_documents INTEGER, duplicates INTEGER, skipped INTEGER, "
+        "documents INTEGER, scored_documents BIGINT, scored_tokens BIGINT, selected INTEGER, published BOOLEAN"
+    ),
+    "documents": (
+        "doc_id VARCHAR, first_run INTEGER, source VARCHAR, file VARCHAR, label VARCHAR, content VARCHAR"
+    ),
+    "dropped": (
+        "doc_id VARCHAR, run INTEGER, kind VARCHAR, of VARCHAR, source VARCHAR, file VARCHAR, content VARCHAR"
+    ),
+    "files": "run INTEGER, file VARCHAR, sha256 VARCHAR",
+    "bands": "run INTEGER, hash UBIGINT, doc_id VARCHAR",
+    "scores": "run INTEGER, doc_id VARCHAR, score DOUBLE",
+    "selections": "run INTEGER, doc_id VARCHAR, rank INTEGER, score DOUBLE, query VARCHAR",
+    "drift": "run INTEGER, what VARCHAR, value DOUBLE",
+}  # fmt: skip
+"""Tables and their columns. ``scores`` has a run's new documents; where the queries or the index changed, all
+documents: a document's score at a run is its latest row up to it. ``selections`` has the runs that published one;
+``query`` is the query that the document matches best. ``dropped`` are repeats of the document ``of``; ``bands`` find
+the candidates for near duplicates."""
+UNDIGESTED = frozenset({("runs", "started"), ("runs", "finished"), ("runs", "config_digest")})
+"""Columns in which two equal runs over copies of one source can differ."""
+_RUN = {"documents": "first_run"}
+"""Table → its column with the run, where it is not ``run``."""
+
+
+@contextmanager
+def _connect(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+    import duckdb
+
+    try:
+        con = duckdb.connect(path, read_only=read_only, config={"threads": 1})
+    except duckdb.IOException as error:
+        if "lock" in str(error):
+            raise InputError("another process holds the ledger; close it and try again", file=path) from None
+        raise InputError("is not a ledger: DuckDB cannot read it. Move it away, and the next run makes it again from "
+                         "the runs' files", file=path) from None  # fmt: skip
+    try:
+        yield con
+    finally:
+        con.close()
+
+
+@contextmanager
+def open_curation(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A read-only connection to a ledger.
+
+    Raises:
+        InputError: there is no ledger, another process holds it for writing, or the file is none.
+    """
+    if not path.is_file():
+        raise InputError("no such ledger; `rise curate` makes it", file=path)
+    with _connect(path, read_only=True) as con:
+        missing = set(TABLES) - {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
+        if missing:
+            raise InputError(f"is not a ledger: it has no table {min(missing)!r}", file=path)
+        yield con
+
+
+def recorded(path: Path) -> set[int]:
+    """Numbers of the runs in the ledger; none without one."""
+    if not path.exists():
+        return set()
+    with open_curation(path) as con:
+        return {run for (run,) in con.execute("SELECT run FROM runs").fetchall()}
+
+
+def record(path: Path, entry: Mapping[str, Any], intake: Path, result: Path) -> None:
+    """Put one run into the ledger, in place of what it holds of that run.
+
+    Args:
+        path: the ledger; made where it is not.
+        entry: the columns of ``runs``.
+        intake: directory of :func:`tasks.pool.intake.take_in`.
+        result: directory with :data:`SCORES`, :data:`SELECTED`, :data:`DRIFT`.
+    """
+    run = entry["run"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _connect(path, read_only=False) as con:
+        con.execute("BEGIN")
+        for table, columns in TABLES.items():
+            con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+            con.execute(f"DELETE FROM {table} WHERE {_RUN.get(table, 'run')} = ?", [run])
+        documents = str(intake / DOCUMENTS)
+        con.execute("INSERT INTO documents SELECT doc_id, ?, source, file, label, content FROM read_parquet(?)",
+                    [run, documents])  # fmt: skip
+        con.execute("INSERT INTO bands SELECT ?, unnest(bands), doc_id FROM read_parquet(?)", [run, documents])
+        con.execute("INSERT INTO dropped BY NAME SELECT *, ? AS run FROM read_parquet(?)",
+                    [run, str(intake / DROPPED)])  # fmt: skip
+        files = sorted(read_json(intake / FILES).items())
+        _insert(con, "files", [(run, file, sha256) for file, sha256 in files])
+        con.execute("INSERT INTO scores SELECT ?, doc_id, score FROM read_parquet(?)", [run, str(result / SCORES)])
+        if entry["published"]:
+            con.execute("INSERT INTO selections SELECT ?, doc_id, rank, score, query FROM read_parquet(?)",
+                        [run, str(result / SELECTED)])  # fmt: skip
+        _insert(con, "drift", [(run, what, value) for what, value in read_json(result / DRIFT).items()])
+        _insert(con, "runs", [tuple(entry[name] for name in _names("runs"))])
+        con.execute("COMMIT")
+
+
+def _insert(con: duckdb.DuckDBPyConnection, table: str, values: list[tuple[Any, ...]]) -> None:
+    if values:
+        con.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values[0]))})", values)
+
+
+def _names(table: str) -> list[str]:
+    return [column.split()[0] for column in TABLES[table].split(", ")]
+
+
+class LedgerSeen:
+    """What all recorded runs took in: a :class:`tasks.pool.intake.Seen`."""
+
+    def __init__(self, path: Path, intakes: Mapping[int, Path]) -> None:
+        """
+        Args:
+            path: the ledger; none is the same as an empty one.
+            intakes: run → its intake, where the texts stand.
+        """
+        self._path, self._intakes = path, intakes
+
+    def files(self) -> dict[str, str]:
+        """File → SHA-256 it was last read at."""
+        return dict(self._rows("SELECT file, arg_max(sha256, run) FROM files GROUP BY file"))
+
+    def by_id(self, doc_ids: Sequence[str]) -> dict[str, str]:
+        """Of these ids those seen before → content."""
+        return dict(self._asked("""
+            SELECT doc_id, arg_min(content, (rough, run)) FROM (
+                SELECT doc_id, content, 0 AS rough, first_run AS run FROM documents
+                UNION ALL SELECT doc_id, content, 1, run FROM dropped WHERE kind <> 'changed'
+            ) SEMI JOIN asked ON doc_id = value GROUP BY doc_id
+        """, doc_ids))  # fmt: skip
+
+    def by_content(self, contents: Sequence[str]) -> dict[str, str]:
+        """Of these contents those kept before → id."""
+        return dict(self._asked("SELECT content, doc_id FROM documents SEMI JOIN asked ON content = value", contents))
+
+    def by_bands(self, bands_NB: NDArray[np.uint64]) -> dict[int, list[tuple[str, str]]]:
+        """Row → (id, text) of the documents kept before that share a band with it."""
+        import numpy as np
+        import pyarrow as pa
+
+        rows, bands = bands_NB.shape
+        pairs = self._rows("""
+            SELECT DISTINCT asked.row, bands.run, bands.doc_id FROM bands JOIN asked USING (hash)
+        """, asked=pa.table({"row": np.repeat(np.arange(rows), bands), "hash": bands_NB.ravel()}))  # fmt: skip
+        wanted: dict[int, set[str]] = defaultdict(set)
+        for _, run, doc_id in pairs:
+            wanted[run].add(doc_id)
+        texts = {run: self._texts(run, doc_ids) for run, doc_ids in wanted.items()}
+        found: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for row, run, doc_id in pairs:
+            found[row].append((doc_id, texts[run][doc_id]))
+        return found
+
+    def _texts(self, run: int, doc_ids: set[str]) -> dict[str, str]:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(self._intakes[run] / DOCUMENTS, columns=["doc_id", "text"],
+                              filters=[("doc_id", "in", doc_ids)])  # fmt: skip
+        return dict(zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True))
+
+    def _asked(self, sql: str, values: Sequence[str]) -> list[tuple[Any, ...]]:
+        import pyarrow as pa
+
+        return self._rows(sql, asked=pa.table({"value": pa.array(values, pa.string())}))
+
+    def _rows(self, sql: str, asked: pa.Table | None = None) -> list[tuple[Any, ...]]:
+        if not self._path.exists() or (asked is not None and not len(asked)):
+            return []
+        with open_curation(self._path) as con:
+            if asked is not None:
+                con.register("asked", asked)
+            return con.execute(sql).fetchall()
+
+
+def curation_digest(path: Path) -> str:
+    """SHA-256 over all rows of all tables, whatever their order in the file, but :data:`UNDIGESTED`.
+
+    Raises:
+        InputError: as :func:`open_curation`.
+    """
+    digest = hashlib.sha256()
+    with open_curation(path) as con:
+        for table in TABLES:
+            kept = ", ".join(f'"{name}"' for name in _names(table) if (table, name) not in UNDIGESTED)
+            con.execute(f"SELECT {kept} FROM {table} ORDER BY ALL")
+            digest.update(f"{table}({kept})\n".encode())
+            while chunk := con.fetchmany(10_000):
+                for row in chunk:
+                    digest.update(f"{canonical_json(row)}\n".encode())
+    return digest.hexdigest()
