@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +33,15 @@ def top_k(z_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if z_TV.device.type != "cpu" or vocabulary % _BLOCK or blocks < 2 * k or not positions:
         found = z_TV.topk(k, dim=-1)
         return found.values, found.indices
-    values, index = zip(*(_top_k(some, k) for some in z_TV.split(_ROWS)), strict=True)
+    # A thread a core: numpy works on one, and the others of torch's would spin while they wait for it.
+    found_each = _workers(torch.get_num_threads()).map(lambda some: _top_k(some, k), z_TV.split(_ROWS))
+    values, index = zip(*found_each, strict=True)
     return torch.cat(values), torch.cat(index)
+
+
+@functools.cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="top_k")
 
 
 def _top_k(z_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
