@@ -280,7 +280,8 @@ def curate(conf: Path, out: Path | None, settings: tuple[str, ...]) -> None:
     """
     from flows.curation_config import load
 
-    directory = out or Path("runs") / load(conf, settings).name
+    config = load(conf, settings)
+    directory = out or Path("runs") / config.name
     _quiet_prefect()
     from flows.curation import curation
 
