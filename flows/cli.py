@@ -43,9 +43,7 @@ def run(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tuple[
     """
     from flows.config import STAGES, load
 
-    for stage in refresh:
-        if stage not in STAGES:
-            raise InputError(f"--refresh {stage}: no such stage; there are {', '.join(STAGES)}")
+    _require_stages(refresh, STAGES)
     config = load(conf, settings)
     directory = out or Path("runs") / config.name
     _quiet_prefect()
@@ -76,9 +74,7 @@ def study(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tupl
     """
     from flows.study_config import STAGES, load
 
-    for stage in refresh:
-        if stage not in STAGES:
-            raise InputError(f"--refresh {stage}: no such stage; there are {', '.join(STAGES)}")
+    _require_stages(refresh, STAGES)
     config = load(conf, settings)
     directory = out or Path("runs") / config.name
     if not choose:
@@ -98,6 +94,12 @@ def study(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tupl
     if not choose:
         print(study_table(directory / "study.duckdb"))
         print(f"\nreport: {directory / 'report.html'}\ndigest: {digest}")
+
+
+def _require_stages(refresh: tuple[str, ...], stages: tuple[str, ...]) -> None:
+    for stage in refresh:
+        if stage not in stages:
+            raise InputError(f"--refresh {stage}: no such stage; there are {', '.join(stages)}")
 
 
 def _quiet_prefect() -> None:

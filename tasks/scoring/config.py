@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -105,6 +105,9 @@ class SketchConfig(Config):
 class _Method(Config):
     """Common base of the methods."""
 
+    reads_scorer: ClassVar[bool] = False
+    """Whether the method itself runs the scorer or its tokenizer, and no readout that is made before it."""
+
 
 class RandomConfig(_Method):
     """A score drawn uniformly for every document, from its id and a seed."""
@@ -117,6 +120,7 @@ class RandomConfig(_Method):
 class LengthConfig(_Method):
     """Tokens of the scorer's tokenizer, longest first: the baseline that exposes a length shortcut."""
 
+    reads_scorer = True
     method: Literal["length"] = "length"
 
 
@@ -157,6 +161,7 @@ class EmbeddingConfig(_Method):
 class HiddenConfig(_Method):
     """Cosine of token-mean hidden states of the scorer (Table 13, Figure 7)."""
 
+    reads_scorer = True
     method: Literal["hidden"] = "hidden"
     layer: Literal["embedding", "last"] | Annotated[int, Field(ge=1)] = "last"
     """embedding: the input embeddings; last: the final hidden states, as the LM head reads them; a number from 1 on:
@@ -168,6 +173,7 @@ class HiddenConfig(_Method):
 class LmHeadConfig(_Method):
     """Influence through the gradient G = Σ_t r_t h_tᵀ of the LM head, in closed form (Tables 9 and 14)."""
 
+    reads_scorer = True
     method: Literal["lm-head"] = "lm-head"
     variant: Literal["exact", "sparse", "sparse-sketch", "gradient-sketch"] = "exact"
     """exact: ⟨G_i, G_q⟩ with the whole softmax. sparse: the RH channel of Algorithm 2 without its sketches.
@@ -200,6 +206,7 @@ class LmHeadConfig(_Method):
 class RapidInConfig(_Method):
     """RapidIn: products of per-example gradients by all parameters, compressed to K numbers (Appendix E)."""
 
+    reads_scorer = True
     method: Literal["rapidin"] = "rapidin"
     k: int = Field(65_536, ge=1, le=1 << 30)
     """K, numbers kept of a gradient (RapidGrad_K)."""
@@ -228,6 +235,7 @@ class RapidInConfig(_Method):
 class ZoInfConfig(_Method):
     """ZO-Inf: RapidIn's index from forward passes alone (Appendix E)."""
 
+    reads_scorer = True
     method: Literal["zo-inf"] = "zo-inf"
     epsilon: float = Field(0.001, gt=0)
     """ε, length of a step along a direction (zo_eps)."""
@@ -248,6 +256,7 @@ class ZoInfConfig(_Method):
 class LoGraConfig(_Method):
     """LoGra: projected gradients of the linear layers, with the inverse of their own Hessian (Table 19)."""
 
+    reads_scorer = True
     method: Literal["logra"] = "logra"
     rank: int = Field(16, ge=1)
     """k: a layer's gradient is kept as k × k numbers. 64 is LogIX's, and the size that Table 19 gives fits it."""
@@ -268,6 +277,7 @@ class LoGraConfig(_Method):
 class TrackStarConfig(_Method):
     """TrackStar: randomly projected gradients of all linear layers but the head, by bergson (Tables 2, 3, 6 and 15)."""
 
+    reads_scorer = True
     method: Literal["trackstar"] = "trackstar"
     unit_normalize: bool = True
     """Cosine instead of the product. Both this and ``hessian`` false is Base of Table 15, which Table 2 shows."""
@@ -304,6 +314,7 @@ class TrackStarConfig(_Method):
 class EkfacConfig(_Method):
     """EK-FAC: gradients with the inverse of the Kronecker-factored Fisher matrix between, by kronfluence (Table 19)."""
 
+    reads_scorer = True
     method: Literal["ek-fac"] = "ek-fac"
     modules: list[str] = Field(["mlp"], min_length=1)
     """Linear layers: those that have one of these in their names."""

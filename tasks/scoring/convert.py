@@ -8,7 +8,8 @@ from typing import Any
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, sha256_json
 from tasks.scoring import calibration, index, store
-from tasks.scoring.config import FitConfig, IndexType, check_type
+from tasks.scoring.build import IndexSpec
+from tasks.scoring.config import FitConfig, IndexType
 from tasks.scoring.index import Index
 from tasks.scoring.spread import sample, write_spreads
 
@@ -38,12 +39,7 @@ def convert_index(source: Index, out: Path, *, stored: IndexType, fit: FitConfig
         raise InputError("holds bits, which no other type can be made from", file=source.directory)
     if source.manifest["sketch"] is None:
         raise InputError("holds no signatures", file=source.directory)
-    if stored == "bit" and fit is None:
-        fit = FitConfig()
-    try:
-        check_type(stored, fit.name if fit else "none")
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    fit = IndexSpec(out, None, stored, fit).with_fit().fit
     index.begin(out, _identity(source, stored, fit))
     fitted = None
     if fit is not None:

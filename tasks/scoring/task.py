@@ -16,21 +16,15 @@ from tasks.face import reporter, settle
 from tasks.scoring import build, methods, store
 from tasks.scoring.config import (
     SPREAD,
-    EkfacConfig,
     EmbeddingConfig,
-    HiddenConfig,
     IndexType,
-    LengthConfig,
     LmHeadConfig,
-    LoGraConfig,
     MethodConfig,
     PerplexityConfig,
     RapidInConfig,
     RiseConfig,
     ScorerConfig,
     SketchConfig,
-    TrackStarConfig,
-    ZoInfConfig,
 )
 from tasks.scoring.methods import Request, read_out, score_pool, sketch_name, token_counts, write_scores
 
@@ -95,8 +89,7 @@ def score(
     inputs = {"pool": pool.digest}
     if read is not None:
         inputs["readout"] = read.digest
-    if isinstance(method, LengthConfig | HiddenConfig | LmHeadConfig | RapidInConfig | ZoInfConfig | LoGraConfig
-                  | TrackStarConfig | EkfacConfig):  # fmt: skip
+    if method.reads_scorer:
         how = scorer.model_dump(mode="json", exclude=EXECUTION)
         inputs |= {**_scorer_inputs(scorer), "reading": sha256_json(how)}
     if isinstance(method, RapidInConfig):

@@ -6,16 +6,15 @@ that is recorded twice stands in it once, and a ledger that was lost is made aga
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.errors import InputError
-from tasks.common.files import canonical_json, read_json
+from tasks.common.files import read_json
 from tasks.pool.intake import DOCUMENTS, DROPPED, FILES
+from tasks.selection.database import connect, digest_tables, open_tables
 
 if TYPE_CHECKING:
     import duckdb
@@ -54,37 +53,16 @@ _RUN = {"documents": "first_run"}
 """Table → its column with the run, where it is not ``run``."""
 
 
-@contextmanager
-def _connect(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-    import duckdb
-
-    try:
-        con = duckdb.connect(path, read_only=read_only, config={"threads": 1})
-    except duckdb.IOException as error:
-        if "lock" in str(error):
-            raise InputError("another process holds the ledger; close it and try again", file=path) from None
-        raise InputError("is not a ledger: DuckDB cannot read it. Move it away, and the next run makes it again from "
-                         "the runs' files", file=path) from None  # fmt: skip
-    try:
-        yield con
-    finally:
-        con.close()
+_WAY_OUT = ". Move it away, and the next run makes it again from the runs' files"
 
 
-@contextmanager
-def open_curation(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_curation(path: Path) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
     """A read-only connection to a ledger.
 
     Raises:
         InputError: there is no ledger, another process holds it for writing, or the file is none.
     """
-    if not path.is_file():
-        raise InputError("no such ledger; `rise curate` makes it", file=path)
-    with _connect(path, read_only=True) as con:
-        missing = set(TABLES) - {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if missing:
-            raise InputError(f"is not a ledger: it has no table {min(missing)!r}", file=path)
-        yield con
+    return open_tables(path, TABLES, maker="rise curate", way_out=_WAY_OUT)
 
 
 def recorded(path: Path) -> set[int]:
@@ -106,7 +84,7 @@ def record(path: Path, entry: Mapping[str, Any], intake: Path, result: Path) -> 
     """
     run = entry["run"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _connect(path, read_only=False) as con:
+    with connect(path, read_only=False, way_out=_WAY_OUT) as con:
         con.execute("BEGIN")
         for table, columns in TABLES.items():
             con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
@@ -210,13 +188,5 @@ def curation_digest(path: Path) -> str:
     Raises:
         InputError: as :func:`open_curation`.
     """
-    digest = hashlib.sha256()
     with open_curation(path) as con:
-        for table in TABLES:
-            kept = ", ".join(f'"{name}"' for name in _names(table) if (table, name) not in UNDIGESTED)
-            con.execute(f"SELECT {kept} FROM {table} ORDER BY ALL")
-            digest.update(f"{table}({kept})\n".encode())
-            while chunk := con.fetchmany(10_000):
-                for row in chunk:
-                    digest.update(f"{canonical_json(row)}\n".encode())
-    return digest.hexdigest()
+        return digest_tables(con, TABLES, UNDIGESTED)

@@ -6,17 +6,15 @@ the old study or the new one.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.errors import InputError
-from tasks.common.files import canonical_json, whole_file
 from tasks.common.stage import Ref
 from tasks.selection.config import SelectionConfig
+from tasks.selection.database import digest_tables, insert_stages, new_tables, open_tables
 from tasks.selection.metrics import bootstrap
 from tasks.selection.select import read_pool, read_ranking
 
@@ -96,27 +94,16 @@ def write_ledger(
     Raises:
         InputError: scores that are no ranking of the pool, or a cut larger than the pool.
     """
-    with whole_file(path) as part:
-        part.unlink(missing_ok=True)
-        try:
-            with _connect(part) as con:
-                for table, columns in TABLES.items():
-                    con.execute(f"CREATE TABLE {table} ({columns})")
-                _insert_documents(con, documents, tokens)
-                pool = read_pool(documents[POOL])
-                for method, files in arms.items():
-                    if files.scores is not None:
-                        con.register("ranking", read_ranking(files.scores, pool, documents[POOL]))
-                        con.execute("INSERT INTO scores SELECT ?, doc_id, score, rank FROM ranking", [method])
-                    _insert_files(con, method, files)
-                _insert_statistics(con, config)
-                for ref in stages:
-                    con.execute(
-                        "INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                        [ref.stage, ref.method, ref.seconds, ref.cached, ref.digest, ref.rows, ref.key, ref.path],
-                    )
-        finally:
-            part.with_name(part.name + ".wal").unlink(missing_ok=True)
+    with new_tables(path, TABLES) as con:
+        _insert_documents(con, documents, tokens)
+        pool = read_pool(documents[POOL])
+        for method, files in arms.items():
+            if files.scores is not None:
+                con.register("ranking", read_ranking(files.scores, pool, documents[POOL]))
+                con.execute("INSERT INTO scores SELECT ?, doc_id, score, rank FROM ranking", [method])
+            _insert_files(con, method, files)
+        _insert_statistics(con, config)
+        insert_stages(con, stages)
 
 
 def _insert_documents(con: duckdb.DuckDBPyConnection, documents: Mapping[str, Path], tokens: Path | None) -> None:
@@ -255,42 +242,13 @@ def _update_intervals(con: duckdb.DuckDBPyConnection, config: SelectionConfig) -
             )
 
 
-@contextmanager
-def _connect(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection that writes. One thread: sums of floats then come out the same every time."""
-    import duckdb
-
-    con = duckdb.connect(path, config={"threads": 1})
-    try:
-        yield con
-    finally:
-        con.close()
-
-
-@contextmanager
-def open_ledger(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_ledger(path: Path) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
     """A read-only connection to a ledger.
 
     Raises:
         InputError: there is no ledger, another process holds it for writing, or the file is none.
     """
-    import duckdb
-
-    if not path.is_file():
-        raise InputError("no such ledger; `rise run` makes it", file=path)
-    try:
-        con = duckdb.connect(path, read_only=True, config={"threads": 1})
-    except duckdb.IOException as error:
-        if "lock" in str(error):
-            raise InputError("another process holds the ledger; close it and try again", file=path) from None
-        raise InputError("is not a ledger: DuckDB cannot read it", file=path) from None
-    try:
-        missing = set(TABLES) - {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if missing:
-            raise InputError(f"is not a ledger: it has no table {min(missing)!r}", file=path)
-        yield con
-    finally:
-        con.close()
+    return open_tables(path, TABLES, maker="rise run")
 
 
 Parameters = Sequence[Any] | Mapping[str, Any]
@@ -316,14 +274,5 @@ def ledger_digest(path: Path) -> str:
     Raises:
         InputError: as :func:`open_ledger`.
     """
-    digest = hashlib.sha256()
     with open_ledger(path) as con:
-        for table, columns in TABLES.items():
-            names = [column.split()[0] for column in columns.split(", ")]
-            kept = ", ".join(f'"{name}"' for name in names if (table, name) not in UNDIGESTED)
-            digest.update(f"{table}({kept})\n".encode())
-            con.execute(f"SELECT {kept} FROM {table} ORDER BY ALL")
-            while chunk := con.fetchmany(10_000):
-                for row in chunk:
-                    digest.update(f"{canonical_json(row)}\n".encode())
-    return digest.hexdigest()
+        return digest_tables(con, TABLES, UNDIGESTED)

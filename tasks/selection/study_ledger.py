@@ -6,17 +6,18 @@ This module is its only writer. The file is built beside its place and renamed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.errors import InputError
-from tasks.common.files import canonical_json, whole_file
+from tasks.common.files import canonical_json
 from tasks.common.stage import Ref
 from tasks.common.usage import read_usage
 from tasks.selection.choice import CHOOSING, Placed, RuleConfig, choose
+from tasks.selection.database import insert_stages, new_tables, open_tables
 from tasks.selection.ledger import rows
 from tasks.selection.retrieval import METRICS
 
@@ -127,31 +128,20 @@ def write_study(
         confidence: mass of the intervals.
         stages: what was made or found whole.
     """
-    with whole_file(path) as part:
-        part.unlink(missing_ok=True)
-        try:
-            with _connect(part, read_only=False) as con:
-                for table, columns in TABLES.items():
-                    con.execute(f"CREATE TABLE {table} ({columns})")
-                for name, files in pools.items():
-                    _insert_pool(con, name, files)
-                for arm, config in methods.items():
-                    con.execute("INSERT INTO methods VALUES (?, ?, ?)", [arm, config["method"], canonical_json(config)])
-                for one in judged:
-                    _insert_judged(con, one, confidence)
-                for missing in absent:
-                    con.execute("INSERT INTO absent VALUES (?, ?, ?, ?, ?)", list(vars(missing).values()))
-                if rule is not None:
-                    # A rule that no candidate passes leaves the table empty; `choice_of` says why, when asked.
-                    with suppress(InputError):
-                        _insert_choice(con, choice_of(con, rule))
-                for ref in stages:
-                    con.execute(
-                        "INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                        [ref.stage, ref.method, ref.seconds, ref.cached, ref.digest, ref.rows, ref.key, ref.path],
-                    )
-        finally:
-            part.with_name(part.name + ".wal").unlink(missing_ok=True)
+    with new_tables(path, TABLES) as con:
+        for name, files in pools.items():
+            _insert_pool(con, name, files)
+        for arm, config in methods.items():
+            con.execute("INSERT INTO methods VALUES (?, ?, ?)", [arm, config["method"], canonical_json(config)])
+        for one in judged:
+            _insert_judged(con, one, confidence)
+        for missing in absent:
+            con.execute("INSERT INTO absent VALUES (?, ?, ?, ?, ?)", list(vars(missing).values()))
+        if rule is not None:
+            # A rule that no candidate passes leaves the table empty; `choice_of` says why, when asked.
+            with suppress(InputError):
+                _insert_choice(con, choice_of(con, rule))
+        insert_stages(con, stages)
 
 
 def _insert_pool(con: duckdb.DuckDBPyConnection, name: str, files: PoolFiles) -> None:
@@ -238,32 +228,13 @@ def mean_of(column: str) -> str:
     return f"CASE WHEN count({column}) = count(*) THEN avg({column}) END"
 
 
-@contextmanager
-def _connect(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection of one thread: means of floats then come out the same every time."""
-    import duckdb
-
-    con = duckdb.connect(path, read_only=read_only, config={"threads": 1})
-    try:
-        yield con
-    finally:
-        con.close()
-
-
-@contextmanager
-def open_study(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_study(path: Path) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
     """A read-only connection to the ledger of a study.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, another process holds it for writing, or the file is none.
     """
-    if not path.is_file():
-        raise InputError("no such ledger; `rise study` makes it", file=path)
-    with _connect(path, read_only=True) as con:
-        there = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if missing := sorted(set(TABLES) - there):
-            raise InputError(f"is not the ledger of a study: it has no table {missing[0]!r}", file=path)
-        yield con
+    return open_tables(path, TABLES, maker="rise study", what="the ledger of a study")
 
 
 def study_digest(path: Path) -> str:

@@ -1,0 +1,111 @@
+"""What the ledgers share: connections of one thread, files that are whole or absent, checked opening, digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.common.errors import InputError
+from tasks.common.files import canonical_json, whole_file
+from tasks.common.stage import Ref
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+@contextmanager
+def connect(
+    path: Path, *, read_only: bool, what: str = "a ledger", way_out: str = ""
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection of one thread: sums of floats then come out the same every time.
+
+    Args:
+        path: the database.
+        read_only: False makes it where it is not.
+        what: what it should be, and ``way_out`` what to do where it is not: for the error's line.
+
+    Raises:
+        InputError: another process holds it, or the file is no database.
+    """
+    import duckdb
+
+    try:
+        con = duckdb.connect(path, read_only=read_only, config={"threads": 1})
+    except duckdb.IOException as error:
+        if "lock" in str(error):
+            raise InputError("another process holds the ledger; close it and try again", file=path) from None
+        raise InputError(f"is not {what}: DuckDB cannot read it{way_out}", file=path) from None
+    try:
+        yield con
+    finally:
+        con.close()
+
+
+@contextmanager
+def new_tables(path: Path, tables: Mapping[str, str]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to empty tables (name → columns) beside ``path``; they take its place when the block ends."""
+    with whole_file(path) as part:
+        part.unlink(missing_ok=True)
+        try:
+            with connect(part, read_only=False) as con:
+                for table, columns in tables.items():
+                    con.execute(f"CREATE TABLE {table} ({columns})")
+                yield con
+        finally:
+            part.with_name(part.name + ".wal").unlink(missing_ok=True)
+
+
+@contextmanager
+def open_tables(
+    path: Path, tables: Mapping[str, str], *, maker: str, what: str = "a ledger", way_out: str = ""
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A read-only connection to a database that has some tables.
+
+    Args:
+        path: the database.
+        tables: what it must have.
+        maker: the command that makes it.
+        what: as of :func:`connect`, and ``way_out``.
+
+    Raises:
+        InputError: it is not there, another process holds it for writing, or the file is none.
+    """
+    if not path.is_file():
+        raise InputError(f"no such ledger; `{maker}` makes it", file=path)
+    with connect(path, read_only=True, what=what, way_out=way_out) as con:
+        there = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
+        if missing := set(tables) - there:
+            raise InputError(f"is not {what}: it has no table {min(missing)!r}", file=path)
+        yield con
+
+
+def insert_stages(con: duckdb.DuckDBPyConnection, stages: Sequence[Ref]) -> None:
+    """Fill the table ``stages``."""
+    for ref in stages:
+        con.execute("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    [ref.stage, ref.method, ref.seconds, ref.cached, ref.digest, ref.rows, ref.key, ref.path])
+
+
+def digest_tables(
+    con: duckdb.DuckDBPyConnection, tables: Mapping[str, str], undigested: frozenset[tuple[str, str]]
+) -> str:
+    """SHA-256 over all rows of some tables (name → columns), whatever their order in the file.
+
+    Args:
+        con: the database.
+        tables: which tables.
+        undigested: (table, column) pairs that are left out.
+    """
+    digest = hashlib.sha256()
+    for table, columns in tables.items():
+        names = [column.split()[0] for column in columns.split(", ")]
+        kept = ", ".join(f'"{name}"' for name in names if (table, name) not in undigested)
+        digest.update(f"{table}({kept})\n".encode())
+        con.execute(f"SELECT {kept} FROM {table} ORDER BY ALL")
+        while chunk := con.fetchmany(10_000):
+            for row in chunk:
+                digest.update(f"{canonical_json(row)}\n".encode())
+    return digest.hexdigest()
