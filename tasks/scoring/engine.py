@@ -28,6 +28,27 @@ class Pass:
     document of one token."""
 
 
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a batch's documents that predict a next token, one document after the other."""
+
+    h_Td: torch.Tensor
+    """Final hidden states, where the head lies."""
+    label_T: torch.Tensor
+    """The tokens that follow."""
+    lengths: list[int]
+    """Positions of each document: its tokens less one."""
+
+
+def read_positions(readout: Readout, documents: Tokenized, batch: range) -> Positions:
+    """Run one batch of documents up to the head."""
+    ids_BT, device = padded(documents, batch), readout.head.weight.device
+    lengths = [tokens - 1 for tokens in documents.lengths(batch)]
+    hidden = readout.hidden(ids_BT)
+    real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor(lengths).unsqueeze(1)
+    return Positions(hidden[:, :-1][real_BT.to(hidden.device)].to(device), ids_BT[:, 1:][real_BT].to(device), lengths)
+
+
 @torch.inference_mode()
 def forward(
     readout: Readout,
@@ -56,29 +77,22 @@ def forward(
     signatures: list[list[torch.Tensor]] = [[] for _ in sketchers]
     means: list[torch.Tensor] = []
     for batch in batches(documents, shard, batch_tokens):
-        ids_BT = padded(documents, batch)
-        tokens = documents.lengths(batch)
-        hidden = readout.hidden(ids_BT)
-        real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor(tokens).unsqueeze(1) - 1
-        head_device = readout.head.weight.device
-        h_Td = hidden[:, :-1][real_BT.to(hidden.device)].to(head_device)
-        label_T = ids_BT[:, 1:][real_BT].to(head_device)
-        factors, loss_T = _readout_chunks(readout, h_Td, label_T, sketchers, losses)
-        positions = [n - 1 for n in tokens]
+        positions = read_positions(readout, documents, batch)
+        factors, loss_T = readout_factors(readout, positions.h_Td, positions.label_T, sketchers, losses=losses)
         for made, sketcher, sketched in zip(signatures, sketchers, factors, strict=True):
-            made.append(sketcher.signatures(sketched, positions).cpu())
+            made.append(sketcher.signatures(sketched, positions.lengths).cpu())
         if loss_T is not None:
-            means.append(torch.stack([part.double().mean() for part in loss_T.split(positions)]).cpu())
+            means.append(torch.stack([part.double().mean() for part in loss_T.split(positions.lengths)]).cpu())
         if count is not None:
-            count(sum(tokens))
+            count(sum(documents.lengths(batch)))
     return Pass(
         tuple(torch.cat(made).numpy() for made in signatures),
         torch.cat(means).numpy() if losses else None,
     )
 
 
-def _readout_chunks(
-    readout: Readout, h_Td: torch.Tensor, label_T: torch.Tensor, sketchers: Sequence[Sketcher], losses: bool
+def readout_factors(
+    readout: Readout, h_Td: torch.Tensor, label_T: torch.Tensor, sketchers: Sequence[Sketcher], *, losses: bool = False
 ) -> tuple[list[Factors], torch.Tensor | None]:
     """Each sketcher's factors and the token losses of T positions, the logits of a bounded number at a time."""
     rows = max(1, LOGIT_BYTES.get(h_Td.device.type, 256 << 20) // (4 * readout.vocabulary))

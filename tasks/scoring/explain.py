@@ -137,23 +137,17 @@ def position_shares(
     """
     import torch
 
-    from tasks.scoring.engine import LOGIT_BYTES
-    from tasks.scoring.rise import sparse_residuals
+    from tasks.scoring.engine import readout_factors
 
     if len(ids) < 2:
         return np.zeros(0)
     ids_T = torch.tensor(ids)
     device, config = readout.head.weight.device, sketcher.config
-    rows = max(1, LOGIT_BYTES.get(device.type, 256 << 20) // (4 * readout.vocabulary))
     with torch.inference_mode():
         h_Td = readout.hidden(ids_T.unsqueeze(0))[0, :-1].to(device)
-        made = [
-            sketcher.factors(h, sparse_residuals(readout.head.logits(h), label, config, readout.head))
-            for h, label in zip(h_Td.split(rows), ids_T[1:].to(device).split(rows), strict=True)
-        ]
-        error_TE = torch.cat([torch.cat([config.lambda_rh * some.r_TR, config.lambda_gh * some.g_TG], -1)
-                              for some in made]).double()  # fmt: skip
-        h_TH = torch.cat([some.h_TH for some in made]).double()
+        (made,), _ = readout_factors(readout, h_Td, ids_T[1:].to(device), [sketcher])
+        error_TE = torch.cat([config.lambda_rh * made.r_TR, config.lambda_gh * made.g_TG], -1).double()
+        h_TH = made.h_TH.double()
         direction_EH = torch.from_numpy(direction_D.reshape(-1, config.kh)).to(device)
         share_T = ((error_TE @ direction_EH) * h_TH).sum(-1) / torch.linalg.vector_norm(error_TE.T @ h_TH)
     return np.asarray(share_T.cpu().numpy(), dtype=np.float64)

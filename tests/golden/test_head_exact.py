@@ -10,9 +10,9 @@ import torch
 
 from tasks.scoring.config import SketchConfig
 from tasks.scoring.countsketch import CountSketch
+from tasks.scoring.engine import Positions
 from tasks.scoring.readout import Readout
 from tasks.scoring.rivals.head import GradientSketch, exact_gradients, norms, products, sparse_gradients
-from tasks.scoring.rivals.reading import Positions
 from tests.golden import heads
 from tests.golden.heads import HEADS, VOCAB, build, reference_signature
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from tasks.common.usage import searching
 from tasks.scoring.batching import Tokenized
 from tasks.scoring.countsketch import CountSketch
-from tasks.scoring.engine import LOGIT_BYTES
+from tasks.scoring.engine import LOGIT_BYTES, Positions
 from tasks.scoring.readout import Head, Readout
 from tasks.scoring.rise import sparse_residuals
-from tasks.scoring.rivals.reading import Positions, Reading, require_memory
+from tasks.scoring.rivals.reading import Reading, require_memory
 from tasks.scoring.rivals.similarity import cosine_scores, unit
 from tasks.scoring.search import Scores
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,23 +14,12 @@ from numpy.typing import NDArray
 from tasks.common.errors import InputError
 from tasks.common.models import load_causal_lm, load_tokenizer, locate, torch_dtype
 from tasks.scoring.batching import Tokenized, batches, padded, shards, tokenize
+from tasks.scoring.engine import Positions, read_positions
 from tasks.scoring.readout import Readout
 from tasks.scoring.rivals.similarity import Make, kept
 
 if TYPE_CHECKING:
     from tasks.scoring.methods import Request
-
-
-@dataclass(frozen=True)
-class Positions:
-    """The positions of a batch's documents that predict a next token, one document after the other."""
-
-    h_Td: torch.Tensor
-    """Final hidden states, where the head lies."""
-    label_T: torch.Tensor
-    """The tokens that follow."""
-    lengths: list[int]
-    """Positions of each document: its tokens less one."""
 
 
 class Reading:
@@ -76,12 +64,8 @@ class Reading:
 
     def positions(self, documents: Tokenized, places: range) -> Iterator[Positions]:
         """One forward pass over consecutive documents, a batch at a time."""
-        device = self.readout.head.weight.device
-        for ids_BT, tokens in self.batches(documents, places):
-            hidden = self.readout.hidden(ids_BT)
-            real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor(tokens).unsqueeze(1) - 1
-            h_Td = hidden[:, :-1][real_BT.to(hidden.device)].to(device)
-            yield Positions(h_Td, ids_BT[:, 1:][real_BT].to(device), [n - 1 for n in tokens])
+        for batch in batches(documents, places, self.scorer.batch_tokens):
+            yield read_positions(self.readout, documents, batch)
 
     def keep(
         self, directory: Path, documents: Tokenized, identity: Mapping[str, Any], make: Make, *, label: str
