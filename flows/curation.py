@@ -4,6 +4,7 @@ A run is ``DIR/runs/NNNN``: ``intake`` (what is new), ``result`` (what is select
 over. A run that was killed is finished first: its intake stands, and once its result stands its configuration does too.
 """
 
+import base64
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from tasks.common.stage import MANIFEST, Ref, find, run_stage
 from tasks.face import reporter, settle, worth_retrying
 from tasks.pool import intake as intakes
 from tasks.pool.intake import Found, look, take_in
+from tasks.reporting.curation import PICTURED, runs_png
 from tasks.scoring.growing import Place, QuerySet, grow, place_of, read_queries, search_for
 from tasks.scoring.index import MANIFEST as INDEX_MANIFEST
 from tasks.scoring.index import Index
@@ -34,6 +36,8 @@ from tasks.selection.drift import READ
 from tasks.selection.publish import CARD_TEXT, RESULT, card_text, select_best
 
 BEGUN, RUN, LATEST = "begun.json", "run.json", "latest"
+_SHOWN = 30
+"""Runs in the picture of the UI."""
 
 
 def _title() -> str:
@@ -43,7 +47,7 @@ def _title() -> str:
 @flow(name="curation", flow_run_name=_title, log_prints=False)
 def curation(
     conf: Annotated[str, Field(min_length=1)] = "conf/curation/demo.yaml",
-    directory: str | None = None,
+    directory: str = "",
     documents: Annotated[int | None, Field(ge=1, le=1_000_000_000)] = None,
     settings: tuple[str, ...] = (),
 ) -> dict[str, Any]:
@@ -119,14 +123,14 @@ class _Curation:
     def __init__(self, config: CurationConfig, out: Path) -> None:
         self.config, self.out = config, out
         self.log = get_run_logger()
+        self.intake_digests: dict[int, str] = {}
+        """Of the runs that are over."""
 
     def run(self) -> dict[str, Any]:
         """Finish the run that was killed, then make one if anything is new."""
-        for number in self.finished():
-            if number not in recorded(self.out / LEDGER):
-                self.remember(read_json(self.folder(number) / RUN)["entry"])
+        self.check()
         number = len(self.finished()) + 1
-        if (self.folder(number) / "result" / MANIFEST).exists():
+        if _found(self.folder(number) / "result") is not None:
             self.finish(number)
             number += 1
         place = place_of(self.out, self.config.scorer, self.config.signature)
@@ -138,11 +142,44 @@ class _Curation:
             if not found and number > 1 and self.basis(place, queries) == self.result(number - 1)["basis"]:
                 return self.outcome("nothing is new")
             if not (self.folder(number) / BEGUN).exists():
-                write_json(self.folder(number) / BEGUN, {"started": _now()})
+                write_json(self.folder(number) / BEGUN, {"started": _now()}, checked=True)
             state = _take_in(self.config, found, seen, str(taken), run=number, return_state=True)
             state.result()
         self.make(number, place, queries)
         return self.finish(number)
+
+    def check(self) -> None:
+        """See that the runs that are over are as they were written; make what is made of them again where it is not.
+
+        Raises:
+            InputError: naming what is missing or damaged.
+        """
+        finished, known = self.finished(), recorded(self.out / LEDGER)
+        for number in range(1, len(finished) + 1):
+            if number not in finished:
+                raise InputError("is missing; restore it from a copy", file=self.folder(number) / RUN)
+            entry = read_json(self.folder(number) / RUN)["entry"]
+            self.intake_digests[number] = _whole(self.folder(number) / "intake").digest
+            _whole(self.folder(number) / "result")
+            if number not in known:
+                self.remember(entry)
+        standing = next((number for number in reversed(finished) if self.result(number)["publish"]), None)
+        if standing is not None:
+            if _found(self.selection(standing)) is None:
+                state = _publish(self.folder(standing) / "result", self.intakes(standing),
+                                 str(self.selection(standing)), run=standing, return_state=True)  # fmt: skip
+                state.result()
+            self.point(standing)
+
+    def point(self, run: int) -> None:
+        """Let ``latest`` name the selection of a run."""
+        line = f"{self.selection(run).relative_to(self.out).as_posix()}\n"
+        latest = self.out / LATEST
+        if not latest.is_file() or latest.read_bytes() != line.encode():
+            write_text(latest, line)
+
+    def selection(self, run: int) -> Path:
+        return self.out / "selections" / f"{run:04d}"
 
     def folder(self, run: int) -> Path:
         return self.out / "runs" / f"{run:04d}"
@@ -183,7 +220,7 @@ class _Curation:
             "index_tokens": held["tokens"], "duplicates": dropped, "skipped": skipped,
             "scored_documents": held["documents"] - (last["index_documents"] if last else 0),
             "scored_tokens": held["tokens"] - (last["index_tokens"] if last else 0),
-            "intakes": [_whole(path).digest for path in self.intakes(run)],
+            "intakes": [*(self.intake_digests[number] for number in range(1, run)), intake.digest],
             "index_digest": read_json(place.index / INDEX_MANIFEST)["sha256"] if total else None,
             "why": {"queries": str(config.queries), "count": len(queries.table)},
             "by": self.model() | {"stored": config.signature.stored, "sketch": config.signature.sketch.plain(),
@@ -205,7 +242,7 @@ class _Curation:
         """Publish what a run selected, write it into the ledger, and end the run; from its files alone."""
         folder, result = self.folder(run), self.result(run)
         refs = [_whole(folder / "intake"), _whole(folder / "result")]
-        selection = self.out / "selections" / f"{run:04d}"
+        selection = self.selection(run)
         if result["publish"]:
             state = _publish(folder / "result", self.intakes(run), str(selection), run=run, return_state=True)
             refs.append(state.result())
@@ -222,11 +259,12 @@ class _Curation:
         }  # fmt: skip
         self.remember(entry)
         if result["publish"]:
-            write_text(self.out / LATEST, f"{selection.relative_to(self.out).as_posix()}\n")
-        write_json(folder / RUN, {"entry": entry, "surroundings": surroundings(sys.argv)})
+            self.point(run)
+        write_json(folder / RUN, {"entry": entry, "surroundings": surroundings(sys.argv)}, checked=True)
+        self.intake_digests[run] = refs[0].digest
         outcome = self.outcome("published" if result["publish"] else "the selection is as it was" if result["selected"]
                                else "no document is within the budget")  # fmt: skip
-        _show(result, outcome)
+        _show([self.result(number) for number in range(max(1, run - _SHOWN + 1), run + 1)], outcome)
         return outcome
 
     def remember(self, entry: dict[str, Any]) -> None:
@@ -259,13 +297,18 @@ def _whole(directory: Path) -> Ref:
     Raises:
         InputError: it is not there.
     """
-    try:
-        ref = find(directory, read_json(directory / MANIFEST)["key"])
-    except (FileNotFoundError, ValueError):
-        ref = None
+    ref = _found(directory)
     if ref is None:
-        raise InputError("is not whole; restore it from a copy", file=directory)
+        raise InputError("is damaged, or not whole; restore it from a copy", file=directory)
     return ref
+
+
+def _found(directory: Path) -> Ref | None:
+    """The same, or None."""
+    try:
+        return find(directory, str(read_json(directory / MANIFEST)["key"]))
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _left_out(intake: Path) -> tuple[int, int]:
@@ -276,14 +319,19 @@ def _left_out(intake: Path) -> tuple[int, int]:
     return pq.ParquetFile(intake / intakes.DROPPED).metadata.num_rows, skipped
 
 
-def _show(result: dict[str, Any], outcome: dict[str, Any]) -> None:
-    """The run in the UI: its card, purity and drift."""
+def _show(results: Sequence[dict[str, Any]], outcome: dict[str, Any]) -> None:
+    """The last of some runs in the UI: where its files are, a picture of all of them, its card, purity and drift."""
+    result = results[-1]
     name = result["name"].replace("_", "-")
-    links = ""
+    lines = [f"**Run {result['run']}: {outcome['what']}.**"]
     if where := outcome["published"]:
-        links = f"Selection: `{Path(where, SELECTED).resolve()}`, card: `{Path(where, CARD_TEXT).resolve()}`"
-    create_markdown_artifact(f"**{outcome['what']}**\n\n{links}\n\n{card_text(result)}", key=f"{name}-selection",
-                             description=f"Run {result['run']}: what was selected, why, from where, by which model")
+        files = (("Selection", SELECTED), ("Card", CARD_TEXT), ("Ledger", f"../../{LEDGER}"))
+        lines += [f"- {title}: `{Path(where, file).resolve()}`" for title, file in files]
+    picture = base64.b64encode(runs_png(results)).decode()
+    shown = [lines[0], "", *lines[1:], "", f"![The runs](data:image/png;base64,{picture})", "", PICTURED, "",
+             card_text(result)]  # fmt: skip
+    create_markdown_artifact("\n".join(shown), key=f"{name}-selection",
+                             description="What was selected, why, from where, by which model")  # fmt: skip
     drift = [{"what": what, "value": round(value, 4)} for what, value in result["drift"].items()]
     create_table_artifact(drift, key=f"{name}-drift", description=READ)
     if result["labels"]:

@@ -17,7 +17,7 @@ def _title() -> str:
 @flow(name="closed-loop-of", flow_run_name=_title, log_prints=False)
 def run(
     conf: Annotated[str, Field(min_length=1)] = "conf/closed_loop/demo.yaml",
-    directory: str | None = None,
+    directory: str = "",
     settings: tuple[str, ...] = (),
 ) -> str:
     """Run the closed loop of a configuration, or go on with it: pool, score, select, pretrain, evaluate, report.
@@ -37,7 +37,7 @@ def run(
 @flow(name="study-of", flow_run_name=_title, log_prints=False)
 def study(
     conf: Annotated[str, Field(min_length=1)],
-    directory: str | None = None,
+    directory: str = "",
     settings: tuple[str, ...] = (),
 ) -> str:
     """Run a retrieval study, or go on with it: every method on every pool, with the paper's metrics.

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flows.config import ClosedLoopConfig
 from flows.config import load as load_closed_loop
+from flows.curation_config import CurationConfig
+from flows.curation_config import load as load_curation
 from flows.study_config import PREDICT, RECALL, StudyConfig
 from flows.study_config import load as load_study
 from tasks.common.config import parse, read_yaml
@@ -17,10 +19,13 @@ from tasks.common.errors import InputError
 from tasks.common.hardware import SKETCHING, Machine, Shape, here, named, shape_of
 from tasks.evaluation.config import EvaluationConfig
 from tasks.pool.config import PoolConfig
+from tasks.pool.documents import read_documents
+from tasks.pool.intake import files_of
 from tasks.pretraining.config import PretrainingConfig
 from tasks.scoring.config import (
     EkfacConfig,
     EmbeddingConfig,
+    GShapleyConfig,
     HiddenConfig,
     IndexType,
     LmHeadConfig,
@@ -31,6 +36,7 @@ from tasks.scoring.config import (
     RiseConfig,
     ScorerConfig,
     SketchConfig,
+    TmcShapleyConfig,
     TrackStarConfig,
     ZoInfConfig,
 )
@@ -52,6 +58,8 @@ NODE = 8
 """GPUs of one machine; more are several machines, each with an index of its share of the documents."""
 SEARCH = 0.29 / 768e6
 """Seconds of a mean-pooled query a byte of a one-bit index, on two cores (reports/bench/search.json)."""
+FURTHER = (2.40 / 0.29 - 1) / 99
+"""Share of that which each further query takes, when the scores of every one are kept (ibid., 100 queries)."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,11 @@ def plan(
     """Estimate what a configuration, or the index of so many documents, takes on this machine or on named GPUs.
 
     Args:
-        conf: a closed loop or a study.
+        conf: a closed loop, a study or a curation.
         settings: ``a.b=value`` settings of it.
         gpus: number of GPUs; None with a ``gpu`` is one.
         gpu: kind of GPU; None is this machine.
-        documents: without ``conf``: documents of an index.
+        documents: without ``conf``: documents of an index; with a curation: of one run, in place of its folders'.
         tokens: tokens that are read of each.
         model: scorer, or a ``config.json``.
         parameters: in its place the number of parameters alone: attention and head are then left out.
@@ -108,12 +116,16 @@ def plan(
     if gpus is not None and gpu is None:
         raise InputError("--gpus needs --gpu, which says what they are")
     machine = named(gpu, gpus or 1) if gpu else here(Path("runs"))
+    if conf is not None and "intake" in read_yaml(conf):
+        return _shown(*_of_curation(load_curation(conf, settings), documents, tokens, machine))
     if (conf is None) == (documents is None):
-        raise InputError("give either a configuration or --documents")
+        raise InputError("give either a configuration or --documents (both only of a curation)")
     if conf is not None:
         return _shown(*_of_configuration(conf, settings, machine))
     if tokens is None or (model is None) == (parameters is None):
         raise InputError("--documents needs --tokens, and either --model or --parameters")
+    if parameters is not None and not math.isfinite(parameters):
+        raise InputError(f"--parameters is {parameters}, no number of parameters")
     shape = shape_of(model) if model is not None else Shape(parameters or 0.0, parameters or 0.0)
     sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg}, "options")
     scorer = ScorerConfig(model=model or "parameters", precision=precision, max_length=max(tokens, 2),
@@ -134,11 +146,80 @@ def _of_configuration(
         config = load_study(conf, settings)
         rows, training = study_rows(config, machine), config.finetuning
     else:
-        raise InputError("is no closed loop (it has no arms) and no study (no methods); for an index give --documents",
-                         file=conf)  # fmt: skip
+        raise InputError("is no closed loop (it has no arms), no study (no methods) and no curation (no intake); for "
+                         "an index give --documents", file=conf)  # fmt: skip
     processes = [f"scorer.processes is {config.scorer.processes}"]
     processes += [f"that of training {training.processes}"] if training else []
     return rows, machine, (f"of {machine.gpus} GPUs: {', '.join(processes)}",) if machine.gpus > 1 else ()
+
+
+def _of_curation(
+    config: CurationConfig, documents: int | None, tokens: int | None, machine: Machine
+) -> tuple[list[Row], Machine, tuple[str, ...]]:
+    """One run of a curation that takes in so many documents, or what stands in its folders."""
+    if (documents is None) != (tokens is None):
+        raise InputError("--documents and --tokens of a curation go together: those of one run")
+    queries = _lengths([config.queries], "error", config.scorer.max_length)
+    if documents is not None and tokens is not None:
+        count, read = documents, documents * float(min(tokens, config.scorer.max_length))
+        text, note = documents * tokens * BYTES_A_TOKEN, f"a run of {documents:,} new documents"
+    else:
+        files = []
+        for name, source in sorted(config.intake.sources.items()):
+            if source.folder is None:
+                raise InputError("is a data set of the hub, whose documents are not counted; give --documents and "
+                                 "--tokens", field=f"intake.sources.{name}")  # fmt: skip
+            files += files_of(name, source)
+        found = _lengths(files, config.intake.on_bad_row, config.scorer.max_length)
+        count, read, text = found
+        note = f"all {count:,} documents of {len(files):,} files, as the first run takes them"
+    rows = curation_rows(config, shape_of(config.scorer.model, config.scorer.revision), count, read, text, queries[:2],
+                         machine)  # fmt: skip
+    size = bytes_a_document(config.signature.stored, config.signature.sketch.dimension)
+    return rows, machine, (note, f"signatures of {size:,} bytes a document, {config.signature.stored}; repeats are "
+                                 "counted as if they were scored",)
+
+
+def curation_rows(
+    config: CurationConfig, shape: Shape, documents: int, tokens: float, text: float, queries: tuple[int, float],
+    machine: Machine,
+) -> list[Row]:  # fmt: skip
+    """The stages of a run that begins an index with so many documents.
+
+    Args:
+        config: the curation.
+        shape: its scorer's.
+        documents: number of documents.
+        tokens: tokens read of them together.
+        text: bytes of their text.
+        queries: number of queries, and tokens read of them.
+        machine: what it runs on.
+    """
+    signature, length = config.signature, tokens / max(documents, 1)
+    size = bytes_a_document(signature.stored, signature.sketch.dimension)
+    spread = 4.0 if signature.fit is not None and signature.fit.spread else 0.0
+    asked, asked_tokens = queries
+    score = _forward(config.scorer, shape, tokens, length, [signature.sketch], machine)
+    ask = _forward(config.scorer, shape, asked_tokens, length, [signature.sketch], machine)
+    searching = SEARCH * documents * size * (1 + FURTHER * (asked - 1))
+    return [
+        Row("take in", host=STARTED + 2 * text, disk=text),
+        replace(score, stage="score", host=_documents_bytes(documents, length, config.scorer),
+                disk=documents * (size + spread)),
+        replace(ask, stage="select", seconds=ask.seconds + searching, host=STARTED + 8.0 * asked * documents,
+                disk=asked * bytes_a_document("fp32", signature.sketch.dimension)),
+    ]  # fmt: skip
+
+
+def _lengths(files: Sequence[Path], on_bad_row: Literal["error", "skip"], most: int) -> tuple[int, float, float]:
+    """Number of documents of some files, tokens that are read of them, at most ``most`` each, and bytes of text."""
+    count, tokens, total = 0, 0.0, 0.0
+    for file in files:
+        for text in read_documents(file, on_bad_row=on_bad_row).table["text"].to_pylist():
+            size = len(text.encode())
+            count, total = count + 1, total + size
+            tokens += min(size / BYTES_A_TOKEN, most)
+    return count, tokens, total
 
 
 def closed_loop_rows(config: ClosedLoopConfig, machine: Machine) -> list[Row]:
@@ -263,6 +344,14 @@ def _rival(
             passes, more = TRACKSTAR, gradient
         case EkfacConfig():
             passes, size, more = 3.0 * (2 + math.ceil(pool.queries / method.query_batch_size)), 0.0, gradient
+        case GShapleyConfig() | TmcShapleyConfig():  # TMC to the end of every walk: where it stops is not known before
+            players, asked = math.ceil(pool.size / method.chunk), pool.queries * length
+            if method.trained == "all":
+                walk, size, more = 3.0 + players * asked / tokens, 0.0, gradient
+            else:  # the head is moved, and the queries' logits with it; their loss is taken after every step
+                head = shape.vocabulary * (4.0 * shape.width + 2.0 * asked + players * asked / tokens)
+                walk, size, more = head / (2.0 * shape.parameters), 0.0, 4.0 * shape.vocabulary * asked
+            passes = 1.0 + method.permutations * walk
         case _:
             return None
     row = _forward(scorer, shape, tokens, length, [], machine)

@@ -1,7 +1,11 @@
-"""``rise serve``: a local Prefect server, a work pool, a worker and the deployments, started and stopped together."""
+"""``rise serve``: a local Prefect server, a work pool, a worker and the deployments, started and stopped together.
+
+Run as a program, this module is the guard: it ends what ``rise serve`` started when that was killed.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +26,8 @@ import psutil  # type: ignore[import-untyped]
 from tasks.common.errors import InputError
 
 HOST, POOL = "127.0.0.1", "rise"
+DATABASE = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""Prefect's names for the database's URL, the new one and the old."""
 DEPLOYMENTS = Path(__file__).parents[1] / "prefect.yaml"
 _STARTED_SECONDS, _STOPPED_SECONDS = 600, 30
 
@@ -30,15 +36,17 @@ class _Stop(Exception):
     """A signal asked for the end."""
 
 
-def serve(port: int, home: Path) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP; then every process that was started is gone.
+def serve(port: int, home: Path, database: str | None = None) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP; then, and after a SIGKILL too, every process that was started is gone.
 
     Args:
         port: of the server on the loopback address.
         home: where the server keeps its database and logs; runs that were recorded there are shown again.
+        database: URL of the PostgreSQL database to keep in place of a file in ``home``.
 
     Raises:
-        InputError: the port is taken, prefect.yaml is not there, or one of the programs ends by itself.
+        InputError: the port is taken, the database cannot be used, prefect.yaml is not there, or one of the programs
+            ends by itself.
     """
     if not DEPLOYMENTS.is_file():
         raise InputError("the deployments are part of the repository; install from a checkout with pip install -e .",
@@ -46,14 +54,16 @@ def serve(port: int, home: Path) -> None:
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
             raise InputError(f"port {port} is taken; end what listens there, or choose another --port")
+    kept = {} if database is None else {DATABASE[0]: _answering(database)}
     home.mkdir(parents=True, exist_ok=True)
     environment = {
-        **os.environ, "PREFECT_HOME": str(home.resolve()), "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        **{name: value for name, value in os.environ.items() if name not in DATABASE},  # it may hold a password
+        "PREFECT_HOME": str(home.resolve()), "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_CLI_PROMPT": "false",
         "RISE_DIRECTORY": str(Path.cwd()),
     }  # fmt: skip
     with _signals(), _Programs(environment, home) as programs:
-        programs.start("server", "server", "start", "--host", HOST, "--port", str(port))
+        programs.start("server", "server", "start", "--host", HOST, "--port", str(port), more=kept)
         programs.wait_for(f"http://{HOST}:{port}/api/health")
         programs.finish("pool", "work-pool", "create", POOL, "--type", "process", "--overwrite")
         programs.finish("deploy", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
@@ -61,6 +71,41 @@ def serve(port: int, home: Path) -> None:
         print(f"http://{HOST}:{port}", flush=True)
         print(f"serving the deployments of {DEPLOYMENTS.name}; Ctrl-C ends it, logs stand in {home}", file=sys.stderr)
         programs.watch()
+
+
+def _answering(database: str) -> str:
+    """The URL with the driver that Prefect takes, once the database has answered.
+
+    Raises:
+        InputError: it does not; the password is not named.
+    """
+    from asyncpg import PostgresError  # type: ignore[import-untyped]
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    try:
+        url = make_url(database)
+        if url.drivername in ("postgresql", "postgres"):
+            url = url.set(drivername="postgresql+asyncpg")
+        if url.drivername != "postgresql+asyncpg":
+            raise InputError(f"--database is a URL of {url.drivername}; give postgresql://USER:PASSWORD@HOST/NAME, or "
+                             "leave it out for a file in --home")  # fmt: skip
+
+        async def ask() -> None:
+            engine = create_async_engine(url, connect_args={"timeout": 10})
+            try:
+                async with engine.connect():
+                    pass
+            finally:
+                await engine.dispose()
+
+        asyncio.run(ask())
+    except (PostgresError, SQLAlchemyError, OSError, ValueError) as error:
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"the database of --database cannot be used ({first}); it must be started, and the URL "
+                         "postgresql://USER:PASSWORD@HOST:PORT/NAME") from None  # fmt: skip
+    return url.render_as_string(hide_password=False)
 
 
 @contextmanager
@@ -83,34 +128,33 @@ def _signals() -> Iterator[None]:
 
 
 class _Programs:
-    """Prefect's programs, each in a session of its own, with their output in files."""
+    """Prefect's programs, each in a session of its own, with their output in files, and a guard over them."""
 
     def __init__(self, environment: Mapping[str, str], logs: Path) -> None:
         self._environment, self._logs = environment, logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> _Programs:
+        # It reads from a pipe whose other end closes with this process, however that ends.
+        self._guard = subprocess.Popen([sys.executable, "-m", "flows.serve"], stdin=subprocess.PIPE, text=True,
+                                       stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the last program first, and whatever any of them has started."""
-        for name, program in reversed(self._running.items()):
-            family = _family(program.pid)
-            program.terminate()  # a worker then ends its flow runs and tells the server
-            try:
-                program.wait(_STOPPED_SECONDS)
-            except subprocess.TimeoutExpired:
-                print(f"{name} does not end; it is killed", file=sys.stderr)
-            for process in {*family, *_family(program.pid)}:
-                if process.is_running():
-                    process.kill()
+        for program in reversed(self._running.values()):
+            _end(psutil.Process(program.pid))
             program.wait()
+        self._guard.communicate()
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start ``prefect ARGUMENTS``."""
+    def start(self, name: str, *arguments: str, more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start ``prefect ARGUMENTS``, with ``more`` in its environment."""
         with (self._logs / f"{name}.log").open("ab") as log:
-            program = subprocess.Popen([sys.executable, "-m", "prefect", *arguments], env=dict(self._environment),
+            program = subprocess.Popen([sys.executable, "-m", "prefect", *arguments],
+                                       env={**self._environment, **(more or {})},
                                        stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        assert self._guard.stdin is not None
+        print(program.pid, file=self._guard.stdin, flush=True)
         self._running[name] = program
         return program
 
@@ -150,6 +194,21 @@ class _Programs:
         raise InputError(f"{name} ended by itself: {lines[-1].strip() if lines else 'it said nothing'}", file=log)
 
 
+def _end(process: psutil.Process) -> None:
+    """End a program and whatever it has started."""
+    family = _family(process.pid)
+    try:
+        process.terminate()  # a worker then ends its flow runs and tells the server
+        process.wait(_STOPPED_SECONDS)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        print(f"{' '.join(process.cmdline()[2:5])} does not end; it is killed", file=sys.stderr)
+    for one in {*family, *_family(process.pid)}:
+        if one.is_running():
+            one.kill()
+
+
 def _family(pid: int) -> set[psutil.Process]:
     """A process and all its descendants that run."""
     try:
@@ -157,3 +216,18 @@ def _family(pid: int) -> set[psutil.Process]:
         return {process, *process.children(recursive=True)}
     except psutil.NoSuchProcess:
         return set()
+
+
+def _guard() -> None:
+    """End the programs named on stdin that still run when it closes."""
+    programs = []
+    for line in sys.stdin:
+        with suppress(psutil.NoSuchProcess):
+            programs.append(psutil.Process(int(line)))
+    for program in reversed(programs):
+        if program.is_running():
+            _end(program)
+
+
+if __name__ == "__main__":
+    _guard()

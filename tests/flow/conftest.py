@@ -9,11 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -63,6 +67,72 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("scorer", "trainee"):
         tiny_bpe(made[name], vocab=8000)
     return made
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Served:
+    """``rise serve`` at work."""
+
+    process: subprocess.Popen[str]
+    api: str
+
+    def call(self, path: str, values: dict[str, Any] | None = None) -> Any:
+        """What the server's API answers: to GET, or to POST of some values."""
+        data = None if values is None else json.dumps(values).encode()
+        request = urllib.request.Request(self.api + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def begin(self, deployment: str, parameters: dict[str, Any]) -> str:
+        """Have a deployment run; the id of the flow run."""
+        found = {one["name"]: one["id"] for one in self.call("/deployments/filter", {})}
+        return str(self.call(f"/deployments/{found[deployment]}/create_flow_run", {"parameters": parameters})["id"])
+
+    def wait_for(self, flow_run: str, *states: str) -> str:
+        """Wait until a flow run is in one of some states, or over; its state."""
+        for _ in range(1200):
+            state = self.call(f"/flow_runs/{flow_run}")["state_type"]
+            if state in (*states, "COMPLETED", "FAILED", "CRASHED"):
+                return str(state)
+            time.sleep(0.5)
+        raise AssertionError(f"still {state}")
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that it has started."""
+        return list(psutil.Process(self.process.pid).children(recursive=True))
+
+
+@contextmanager
+def served(environment: dict[str, str], folder: Path, *options: object, **more: str) -> Iterator[Served]:
+    """``rise serve`` in a folder, with a server of its own; ended at the end, if it still runs."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "serve", "--port", str(port), "--home", str(folder / "home"),
+         *map(str, options)], cwd=folder, stdout=subprocess.PIPE, text=True,
+        env={**{name: value for name, value in environment.items() if not name.startswith("PREFECT_API")},
+             "PYTHONPATH": str(REPOSITORY), **more},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"http://127.0.0.1:{port}\n"
+        yield Served(process, f"http://127.0.0.1:{port}/api")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(120)
+
+
+def left_over(family: list[psutil.Process], seconds: float = 0) -> list[psutil.Process]:
+    """Those of some processes that still run after so long."""
+    _, alive = psutil.wait_procs(family, timeout=seconds)
+    return [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 def texts(count: int, seed: int) -> list[str]:

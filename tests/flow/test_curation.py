@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
 from tasks.common.files import read_json
 from tasks.selection.curation_ledger import curation_digest
-from tests.flow.conftest import REPOSITORY, texts
+from tests.flow.conftest import REPOSITORY, left_over, served, texts
 
 
 @pytest.fixture(scope="module")
@@ -75,28 +75,11 @@ def test_input_errors_are_one_line(conf: Path, rise: Any, tmp_path: Path) -> Non
 
 
 def test_serve_starts_everything_and_stops_it(conf: Path, server: dict[str, str], tmp_path: Path) -> None:
-    """The deployments are registered, a run of curation makes a selection and artifacts, and nothing is left."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Deployments, a run with its artifacts, and nothing left when it is killed, or ended, in the middle of another."""
     shutil.copytree(conf.parent / "inbox", tmp_path / "inbox")
-    environment = {name: value for name, value in server.items() if not name.startswith("PREFECT_API")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "serve", "--port", str(port), "--home", str(tmp_path / "home")],
-        env={**environment, "PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    family: list[psutil.Process] = []
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == f"http://127.0.0.1:{port}\n"
-
-        def call(path: str, values: dict[str, Any]) -> Any:
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/api{path}", json.dumps(values).encode(),
-                                             {"Content-Type": "application/json"})  # fmt: skip
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)
-
-        deployed = {one["name"]: one for one in call("/deployments/filter", {})}
+    run = {"conf": str(conf), "directory": "out", "documents": 7}
+    with served(server, tmp_path) as serving:
+        deployed = {one["name"]: one for one in serving.call("/deployments/filter", {})}
         assert set(deployed) == {"nightly", "closed-loop", "study"}
         nightly = deployed["nightly"]
         assert nightly["schedules"][0]["schedule"]["cron"] == "0 3 * * *"
@@ -104,25 +87,30 @@ def test_serve_starts_everything_and_stops_it(conf: Path, server: dict[str, str]
         schema = nightly["parameter_openapi_schema"]["properties"]
         assert "YAML file" in schema["conf"]["description"]
         assert schema["documents"]["anyOf"][0]["minimum"] == 1
-        made = call(f"/deployments/{nightly['id']}/create_flow_run",
-                    {"parameters": {"conf": str(conf), "directory": "out", "documents": 7}})  # fmt: skip
-        state = ""
-        for _ in range(600):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/flow_runs/{made['id']}", timeout=60) as answer:
-                state = json.load(answer)["state_type"]
-            family = psutil.Process(process.pid).children(recursive=True)
-            if state in ("COMPLETED", "FAILED", "CRASHED"):
-                break
-            time.sleep(1)
-        assert state == "COMPLETED"
+        assert serving.wait_for(serving.begin("nightly", run)) == "COMPLETED"
         assert (tmp_path / "out" / "latest").read_text() == "selections/0001\n"
-        keys = {one["key"] for one in call("/artifacts/filter", {})}
-        assert {"cur-selection", "cur-drift", "cur-purity"} <= keys
-    finally:
-        process.terminate()
-        status = process.wait(120)
-    assert status == 0
-    assert len(family) >= 2
-    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
+        artifacts = {one["key"]: one for one in serving.call("/artifacts/filter", {})}
+        assert {"cur-selection", "cur-drift", "cur-purity"} <= set(artifacts)
+        [picture] = re.findall(r"!\[The runs\]\(data:image/png;base64,(.*)\)", artifacts["cur-selection"]["data"])
+        assert base64.b64decode(picture).startswith(b"\x89PNG")
+        # A rate only where work took a measurable time.
+        told = [one["description"] for one in serving.call("/artifacts/filter", {}) if one["type"] == "progress"]
+        assert any(re.match(r"scoring new documents: [\d,]+ of [\d,]+ tokens, [\d,.]+ a second$", one) for one in told)
+        killed = serving.begin("nightly", {**run, "directory": "killed"})
+        assert serving.wait_for(killed, "RUNNING") == "RUNNING"
+        while not (tmp_path / "killed" / ".lock").exists():
+            time.sleep(0.05)
+        family = serving.family()
+        assert len(family) >= 4  # guard, server, worker, flow run
+        serving.process.kill()
+        assert not left_over(family, 90)
+    with served(server, tmp_path) as serving:  # the next one goes on
+        assert serving.wait_for(serving.begin("nightly", {**run, "directory": "killed"})) == "COMPLETED"
+        assert curation_digest(tmp_path / "killed" / "curation.duckdb") == curation_digest(
+            tmp_path / "out" / "curation.duckdb")  # fmt: skip
+        family = serving.family()
+        serving.process.terminate()
+        assert serving.process.wait(120) == 0
+        assert not left_over(family)
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", int(serving.api.split(":")[2].split("/")[0]))) != 0
