@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.common.errors import InputError
-from tasks.common.files import write_json
+from tasks.common.errors import InputError, printable
+from tasks.common.files import check_output, write_json
 from tasks.pool.cleaning import lone_surrogate
 from tasks.pool.documents import COLUMNS, content_id, read_documents, write_documents
 
@@ -57,6 +57,8 @@ def attribute(
         raise InputError("give either --text or --queries, or --prompt")
     if tokens is not None and not data:
         raise InputError("--tokens needs --data, the file with the documents' texts")
+    if out is not None:
+        check_output(out, queries, *data)
     whole = Index(index)
     fitted = search.fitted_for(whole, whole.calibration_name if calibration is None else calibration)
     generation: str | None = None
@@ -100,7 +102,7 @@ def attribute(
 
 def _write_queries(path: Path, text: str | None, queries: Path | None) -> None:
     if queries is not None:
-        write_documents(path, read_documents(queries).table)
+        write_documents(path, read_documents(queries, prompts=True).table)
         return
     import pyarrow as pa
 
@@ -142,11 +144,6 @@ def _tokens(shares: Sequence[TokenShare]) -> list[dict[str, Any]]:
 def shown(text: str) -> str:
     """The beginning of a text on one line, with whatever a terminal would act on spelled out."""
     return printable(text[:EXCERPT])
-
-
-def printable(text: str) -> str:
-    """A text on one line, with whatever a terminal would act on spelled out."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Retrieval studies: pool → (fine-tune) → score → judge → ledger → report, every method on every pool (section 3.1)."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,77 @@ def attribution(config: StudyConfig, out: str, refresh: tuple[str, ...] = ()) ->
         return _Study(config, directory, frozenset(refresh)).run()
 
 
-class _Study:
+@dataclass(frozen=True)
+class Scored:
+    """A pool as one arm scored it."""
+
+    arm: str
+    seed: int | None
+    """Of the hashes; None where the arm has none."""
+    directory: str
+    """Name of its stages' directories."""
+    read: Ref | None
+    """The forward pass it was scored from."""
+    scores: Ref | str
+    """The scores, or what this machine had too little of: out of memory."""
+
+
+class Scoring:
+    """The stages of one run so far, and a pool's scores by every arm."""
+
+    def __init__(
+        self, methods: Mapping[str, MethodConfig], seeds: tuple[int, ...], out: Path, refresh: frozenset[str]
+    ) -> None:
+        self.methods, self.seeds, self.out, self.refresh = methods, seeds, out, refresh
+        self.stages: list[Ref] = []
+
+    def made(self, task: Any, *inputs: Any, stage: str, directory: str, **options: Any) -> Ref:
+        """The result of one stage; in the study it goes by its directory's name."""
+        state = task(*inputs, str(self.out / stage / directory), refresh=stage in self.refresh, return_state=True,
+                     **options)  # fmt: skip
+        ref: Ref = state.result()
+        self.stages.append(replace(ref, method=directory))
+        return ref
+
+    def scored(self, where: str, scorer: ScorerConfig, documents: Ref) -> Iterator[Scored]:
+        """Score a pool by every arm, with every seed where it has hashes."""
+        arms = [(arm, seed, method) for arm, configured in self.methods.items()
+                for seed, method in _seeded(configured, self.seeds).items()]  # fmt: skip
+        shared = self.read_out(where, scorer, documents, [method for _, _, method in arms])
+        for arm, seed, method in arms:
+            directory = f"{where}.{arm}" + ("" if seed is None else f"@{seed}")
+            read = shared if needs_readout(method) else None
+            try:
+                scores: Ref | str = self.made(score, method, scorer, documents, read, stage="scoring",
+                                              directory=directory, arm=directory)  # fmt: skip
+            except InputError as error:
+                if not error.problem.startswith(OUT_OF):
+                    raise
+                print(f"{directory}: {error}", file=sys.stderr)
+                scores = error.problem.partition(":")[0]
+            yield Scored(arm, seed, directory, read, scores)
+
+    def read_out(
+        self, where: str, scorer: ScorerConfig, documents: Ref, methods: list[MethodConfig]
+    ) -> Ref | None:
+        """One forward pass for all sketches and for perplexity; arms make their own type of index from its floats."""
+        if not any(needs_readout(method) for method in methods):
+            return None
+        rises = [method for method in methods if isinstance(method, RiseConfig)]
+        stored = shared_type(rises)
+        return self.made(
+            readout, scorer, {sketch_name(rise.sketch): rise.sketch for rise in rises}, documents, stage="scoring",
+            directory=f"{where}.readout@{stored}", name=f"{where}.readout@{stored}", stored=stored,
+            losses=any(isinstance(method, PerplexityConfig) for method in methods),
+        )  # fmt: skip
+
+
+class _Study(Scoring):
     """One run of the flow: its stages so far."""
 
     def __init__(self, config: StudyConfig, out: Path, refresh: frozenset[str]) -> None:
-        self.config, self.out, self.refresh = config, out, refresh
-        self.stages: list[Ref] = []
+        super().__init__(config.methods, config.seeds, out, refresh)
+        self.config = config
         self.judged: list[Judged] = []
         self.absent: list[Absent] = []
 
@@ -76,14 +141,6 @@ class _Study:
                                  key=f"{config.name.replace('_', '-')}-unified", description="Table 3 of this study")
         return digest
 
-    def made(self, task: Any, *inputs: Any, stage: str, directory: str, **options: Any) -> Ref:
-        """The result of one stage; in the study it goes by its directory's name."""
-        state = task(*inputs, str(self.out / stage / directory), refresh=stage in self.refresh, return_state=True,
-                     **options)  # fmt: skip
-        ref: Ref = state.result()
-        self.stages.append(replace(ref, method=directory))
-        return ref
-
     def fine_tuned(self, name: str, documents: Ref) -> ScorerConfig:
         """The scorer after training on the whole pool (retrospective attribution)."""
         recipe = self.config.finetuning
@@ -98,41 +155,17 @@ class _Study:
 
     def judge(self, name: str, paradigm: str, scorer: ScorerConfig, documents: Ref) -> None:
         """Score the pool by every arm, with every seed where it has hashes, and take the metrics."""
-        config, where = self.config, f"{paradigm}.{name}"
-        arms = [(arm, seed, method) for arm, configured in config.methods.items()
-                for seed, method in _seeded(configured, config.seeds).items()]  # fmt: skip
-        shared = self.read_out(where, scorer, documents, [method for _, _, method in arms])
+        config = self.config
         judging = RetrievalConfig(positive=config.pools[name].pool.control_label, ks=config.pools[name].ks,
                                   resamples=config.resamples, confidence=config.confidence, seed=config.seed)
-        for arm, seed, method in arms:
-            directory = f"{where}.{arm}" + ("" if seed is None else f"@{seed}")
-            read = shared if needs_readout(method) else None
-            try:
-                scored = self.made(score, method, scorer, documents, read, stage="scoring", directory=directory,
-                                   arm=directory)  # fmt: skip
-            except InputError as error:
-                if not error.problem.startswith(OUT_OF):
-                    raise
-                print(f"{directory}: {error}", file=sys.stderr)
-                self.absent.append(Absent(name, paradigm, arm, seed, error.problem.partition(":")[0]))
+        for one in self.scored(f"{paradigm}.{name}", scorer, documents):
+            if isinstance(one.scores, str):
+                self.absent.append(Absent(name, paradigm, one.arm, one.seed, one.scores))
                 continue
-            found = self.made(retrieve, judging, documents, scored, stage="selection", directory=directory,
-                              arm=directory)  # fmt: skip
-            self.judged.append(Judged(name, paradigm, arm, seed, found.dir, scored.dir, read.dir if read else None))
-
-    def read_out(
-        self, where: str, scorer: ScorerConfig, documents: Ref, methods: list[MethodConfig]
-    ) -> Ref | None:
-        """One forward pass for all sketches and for perplexity; arms make their own type of index from its floats."""
-        if not any(needs_readout(method) for method in methods):
-            return None
-        rises = [method for method in methods if isinstance(method, RiseConfig)]
-        stored = shared_type(rises)
-        return self.made(
-            readout, scorer, {sketch_name(rise.sketch): rise.sketch for rise in rises}, documents, stage="scoring",
-            directory=f"{where}.readout@{stored}", name=f"{where}.readout@{stored}", stored=stored,
-            losses=any(isinstance(method, PerplexityConfig) for method in methods),
-        )  # fmt: skip
+            found = self.made(retrieve, judging, documents, one.scores, stage="selection", directory=one.directory,
+                              arm=one.directory)  # fmt: skip
+            self.judged.append(Judged(name, paradigm, one.arm, one.seed, found.dir, one.scores.dir,
+                                      one.read.dir if one.read else None))  # fmt: skip
 
 
 def _seeded(method: MethodConfig, seeds: tuple[int, ...]) -> Mapping[int | None, MethodConfig]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -10,11 +12,21 @@ from typing import Any, TypeVar
 
 import click
 
-from tasks.common.errors import InputError
+from tasks.common.errors import InputError, one_line, printable
 
 FILE = click.Path(path_type=Path)
+
+
+class _Source(click.Path):
+    """A path, or a URL as it stands."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
+
+
+SOURCE = _Source(path_type=Path)
 METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding", "hidden", "lm-head", "rapidin", "zo-inf",
-           "logra", "trackstar", "ek-fac")
+           "logra", "trackstar", "ek-fac", "tmc-shapley", "g-shapley")
 TYPES = ("bit", "int8", "fp16", "fp32")
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -96,6 +108,62 @@ def study(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tupl
         print(f"\nreport: {directory / 'report.html'}\ndigest: {digest}")
 
 
+@rise.command()
+@click.argument("conf", type=FILE)
+@click.option("--out", type=FILE, help="Directory of the run; default runs/NAME of the configuration.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Override a field of the configuration.")
+@click.option("--refresh", multiple=True, metavar="STAGE",
+              help="Make a stage again: pool, pretraining, scoring, selection.")  # fmt: skip
+def lds(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tuple[str, ...]) -> None:
+    """Take the linear datamodeling score of CONF: do scores foretell what training on a half of a pool does?
+
+    Called again with the same CONF and directory, it goes on where it stopped, training by training.
+    """
+    from flows.lds_config import load
+    from flows.study_config import STAGES
+
+    _require_stages(refresh, STAGES)
+    config = load(conf, settings)
+    directory = out or Path("runs") / config.name
+    _quiet_prefect()
+    from flows.lds import TABLE
+    from flows.lds import lds as take
+    from flows.rundir import check_claim
+
+    check_claim(directory, config)
+    print(f"{config.name}: running in {directory}", file=sys.stderr)
+    digest = take(config, str(directory), refresh)
+    print((directory / TABLE).read_text(encoding="utf-8"))
+    print(f"table: {directory / TABLE}\ndigest: {digest}")
+
+
+@rise.command()
+@click.argument("conf", type=FILE)
+@click.option("--out", type=FILE, help="Directory of the run; default runs/NAME of the configuration.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Override a field of the configuration.")
+@click.option("--refresh", multiple=True, metavar="STAGE", help="Make a stage again: pool, scoring, selection.")
+def facts(conf: Path, out: Path | None, settings: tuple[str, ...], refresh: tuple[str, ...]) -> None:
+    """Trace the facts of CONF to the passages that state them: MRR and Recall@K of every method over pools that grow.
+
+    Called again with the same CONF and directory, it goes on where it stopped.
+    """
+    from flows.facts_config import STAGES, load
+
+    _require_stages(refresh, STAGES)
+    config = load(conf, settings)
+    directory = out or Path("runs") / config.name
+    _quiet_prefect()
+    from flows.facts import facts as trace
+    from flows.rundir import check_claim
+
+    check_claim(directory, config)
+    print(f"{config.name}: running in {directory}", file=sys.stderr)
+    digest = trace(config, str(directory), refresh)
+    from tasks.reporting.facts import facts_table
+
+    print(f"{facts_table(directory)}\n\nresults: {directory / 'results.json'}\ndigest: {digest}")
+
+
 def _require_stages(refresh: tuple[str, ...], stages: tuple[str, ...]) -> None:
     for stage in refresh:
         if stage not in stages:
@@ -103,7 +171,8 @@ def _require_stages(refresh: tuple[str, ...], stages: tuple[str, ...]) -> None:
 
 
 def _quiet_prefect() -> None:
-    """Keep Prefect's log out of the terminal; it goes to its server, where the UI shows it."""
+    """Keep Prefect's log out of the terminal; it goes to its server, where the UI shows it, or nowhere without one."""
+    logging.raiseExceptions = False
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
@@ -138,10 +207,27 @@ def _signature_options(command: Command) -> Command:
     return command
 
 
+def _runner_options(command: Command) -> Command:
+    """The options that say who makes the shards."""
+    for option in reversed((
+        click.option("--processes", "--workers", "processes", type=int, default=1, show_default=True,
+                     help="Processes that share the shards, a device each."),
+        click.option("--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+                     help="Who starts them: local on this machine, ray on any of Ray's (needs the extra ray)."),
+        click.option("--ray", multiple=True, metavar="FIELD=VALUE", help="What Ray is told: address=HOST:PORT of a "
+                     "cluster, gpus=1 and cpus=8 of a worker, retries=3, temp=DIR. Can be given again."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @rise.command()
 @click.option("--model", default=None, help="Directory, hub id, or pypi:NAME==VERSION/MEMBER.")
-@click.option("--pool", required=True, type=FILE, help="JSONL, JSON or Parquet with text; optional id, label, source.")
-@click.option("--queries", type=FILE, help="Documents that say what is wanted; same formats.")
+@click.option("--pool", required=True, type=SOURCE, help="JSONL, JSON or Parquet with text; optional id, label, "
+              "source. A path, or a URL that fsspec reads.")  # fmt: skip
+@click.option("--queries", type=SOURCE, help="Documents that say what is wanted; same formats. Where they also have a "
+              "prompt, which their text completes, rise and lm-head read the completion's positions alone; the others "
+              "compare both.")  # fmt: skip
 @click.option("--out", required=True, type=FILE, help="Parquet to write: doc_id, score, rank.")
 @click.option("--per-query", type=FILE, help="Parquet to write as well: query_id, doc_id, score.")
 @click.option("--method", type=click.Choice(METHODS), default="rise", show_default=True)
@@ -156,9 +242,14 @@ def score(**options: Any) -> None:
 
     With --calibration none and --alpha 0 RISE is the paper's Algorithm 1 and 2 to the letter.
     """
-    from flows.scoring import score_files
+    from contextlib import ExitStack
 
-    print(score_files(**options))
+    from flows.scoring import score_files
+    from tasks.common.elsewhere import at_hand
+
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(at_hand(options[name])) for name in ("pool", "queries") if options[name]}
+        print(score_files(**{**options, **files}))
 
 
 @rise.group()
@@ -168,7 +259,8 @@ def index() -> None:
 
 @index.command("build")
 @click.option("--model", required=True, help="Directory, hub id, or pypi:NAME==VERSION/MEMBER.")
-@click.option("--data", required=True, type=FILE, help="JSONL, JSON or Parquet with text; optional id.")
+@click.option("--data", required=True, type=SOURCE, help="JSONL, JSON or Parquet with text; optional id. A path, or a "
+              "URL that fsspec reads.")  # fmt: skip
 @click.option("--out", required=True, type=FILE, help="Directory of the index.")
 @click.option("--calibration", help="Fitted on these documents and kept: center, power:P, or none; median-bit for "
               "bits. Each also with +spread: scores in units of their spread over these documents.")  # fmt: skip
@@ -176,8 +268,7 @@ def index() -> None:
               help="Documents of the sample that median-bit is fitted on.")  # fmt: skip
 @click.option("--shard-tokens", type=int, default=16_384, show_default=True,
               help="Tokens a shard: what a killed build loses at most. On a fast device 1,000,000 searches faster.")
-@click.option("--processes", type=int, default=1, show_default=True, help="Processes that share the shards, a device "
-              "each.")  # fmt: skip
+@_runner_options
 @_signature_options
 def index_build(**options: Any) -> None:
     """Build the index of a file of documents.
@@ -205,10 +296,10 @@ def index_convert(**options: Any) -> None:
 
 @index.command("append")
 @click.argument("directory", type=FILE)
-@click.option("--data", required=True, type=FILE, help="Documents to add; JSONL, JSON or Parquet with text.")
+@click.option("--data", required=True, type=SOURCE, help="Documents to add; JSONL, JSON or Parquet with text; as of "
+              "build.")  # fmt: skip
 @click.option("--model", help="Where the index's model lies now, if it has moved.")
-@click.option("--processes", type=int, default=1, show_default=True, help="Processes that share the shards, a device "
-              "each.")  # fmt: skip
+@_runner_options
 @click.option("--on-bad-row", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 def index_append(**options: Any) -> None:
     """Add the documents of a file to the index in DIRECTORY; the shards it has stay as they are."""
@@ -223,7 +314,7 @@ def index_info(directory: Path) -> None:
     """Say what the index in DIRECTORY is made of."""
     from flows.indexing import info
 
-    print("\n".join(info(directory)))
+    print("\n".join(map(printable, info(directory))))
 
 
 @index.command("verify")
@@ -265,7 +356,7 @@ def attribute(**options: Any) -> None:
 @click.option("--no-text", is_flag=True, help="Leave out example documents: a copy that can be published.")
 @click.option("--out", type=FILE, help="File to write; default report.html in the run's directory.")
 def report(directory: Path, no_text: bool, out: Path | None) -> None:
-    """Make the report of a run again from its ledger."""
+    """Make the report of a closed loop or a study again from its ledger."""
     from tasks.reporting.run import report_run
 
     print(report_run(directory, excerpts=not no_text, out=out))
@@ -286,7 +377,9 @@ def curate(conf: Path, out: Path | None, settings: tuple[str, ...]) -> None:
     directory = out or Path("runs") / config.name
     _quiet_prefect()
     from flows.curation import curation
+    from flows.rundir import check_claim
 
+    check_claim(directory, config.place)
     print(f"curating in {directory}", file=sys.stderr)
     made = curation(str(conf), str(directory), settings=settings)
     print(f"run {made['run']}: {made['what']}; {made['new']} new documents, {made['duplicates']} repeats and "
@@ -299,14 +392,18 @@ def curate(conf: Path, out: Path | None, settings: tuple[str, ...]) -> None:
               "loopback address.")  # fmt: skip
 @click.option("--home", type=FILE, default=Path("runs/.prefect"), show_default=True,
               help="Where the server keeps its database and logs.")  # fmt: skip
-def serve(port: int, home: Path) -> None:
+@click.option("--database", metavar="URL", show_envvar=True,
+              envvar=["PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"],
+              help="PostgreSQL in place of a file, for a team: postgresql://USER:PASSWORD@HOST/NAME. In the "
+              "environment a password is seen by nobody else.")  # fmt: skip
+def serve(port: int, home: Path, database: str | None) -> None:
     """Start a local server, a work pool, a worker and the deployments; Ctrl-C stops all of it.
 
     Relative paths in the run form begin in the directory this was started in.
     """
     from flows.serve import serve as serve_deployments
 
-    serve_deployments(port, home)
+    serve_deployments(port, home, database)
 
 
 @rise.command()
@@ -315,20 +412,20 @@ def status(directory: Path | None) -> None:
     """Show the stages of the run in DIRECTORY, or all runs below runs/."""
     from flows.status import status_lines
 
-    print("\n".join(status_lines(directory)))
+    print("\n".join(map(printable, status_lines(directory))))
 
 
 @rise.command()
 @click.argument("conf", type=FILE, required=False)
 @click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Override a field of the configuration.")
 @click.option("--gpu", type=click.Choice(["H100", "H200", "A100"]), help="Plan for such GPUs; default this machine.")
-@click.option("--gpus", type=click.IntRange(min=1), help="How many of them; default 1.")
-@click.option("--documents", type=click.IntRange(min=1), help="Without CONF: documents of an index.")
-@click.option("--tokens", type=click.IntRange(min=2), help="Tokens that are read of each.")
+@click.option("--gpus", type=click.IntRange(1, 1_000_000), help="How many of them; default 1.")
+@click.option("--documents", type=click.IntRange(1, 10**15), help="Documents of an index, or of one run of a curation.")
+@click.option("--tokens", type=click.IntRange(2, 1 << 30), help="Tokens that are read of each.")
 @click.option("--model", help="Its scorer: directory, hub id, pypi:NAME==VERSION/MEMBER, or a config.json alone.")
-@click.option("--parameters", type=click.FloatRange(min=1), help="Or the scorer's parameters (32e9): attention and "
+@click.option("--parameters", type=click.FloatRange(1, 1e18), help="Or the scorer's parameters (32e9): attention and "
               "head are then left out.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(min=1), default=1_000_000, show_default=True,
+@click.option("--batch", type=click.IntRange(1, 10**15), default=1_000_000, show_default=True,
               help="Documents that are given to build and to each append.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(TYPES), default="fp16", show_default=True, help="Type of the signatures.")
@@ -356,6 +453,8 @@ def bench(names: tuple[str, ...]) -> None:
 
 def main() -> None:
     """Entry point: exit 0 on success, 2 with one line on a usage or input error, 1 with one line on a failure."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
         rise.main(standalone_mode=False)
     except InputError as error:
@@ -364,7 +463,7 @@ def main() -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as error:
-        _end(2, " ".join(error.format_message().split()))
+        _end(2, error.format_message())
     except (click.Abort, KeyboardInterrupt):
         _end(130, "interrupted; what is whole is kept, the same command goes on")
     except BrokenPipeError:
@@ -376,11 +475,14 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("RISE_TRACEBACK"):
             raise
-        _end(1, f"{type(error).__name__}: {' '.join(str(error).split())} (RISE_TRACEBACK=1 shows where)")
+        if type(error).__module__.partition(".")[0] in ("httpx", "httpcore"):
+            _end(1, f"the Prefect server {os.environ.get('PREFECT_API_URL', '')} does not answer ({error}); what is "
+                    "whole is kept, the same command goes on")  # fmt: skip
+        _end(1, f"{type(error).__name__}: {error} (RISE_TRACEBACK=1 shows where)")
 
 
 def _end(status: int, line: str) -> None:
-    print(f"rise: {line}", file=sys.stderr)
+    print(f"rise: {one_line(line)}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -19,6 +19,8 @@ STAGES = ("pool", "scoring", "selection", "pretraining", "evaluation", "reportin
 """The stages in pipeline order, as ``--refresh`` names them."""
 BASE, ORACLE = "base", "oracle"
 """Arms every run may have beside its methods: the untrained trainee, and training on labels known."""
+TAKEN = (BASE, ORACLE, "readout", "tokens", "prompts")
+"""Names that no arm of a configuration may have: the stages' folders go by them."""
 
 
 class ClosedLoopConfig(Config):
@@ -28,7 +30,7 @@ class ClosedLoopConfig(Config):
     """Name of the run; it stands in ``runs/NAME`` unless ``--out`` says otherwise."""
     title: str = "Closed loop"
     """Heading of the report."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the pool's draw."""
     pool: PoolConfig
     """Stage 1."""
@@ -50,10 +52,10 @@ class ClosedLoopConfig(Config):
     @model_validator(mode="after")
     def _arms_fit(self) -> Self:
         for arm in self.arms:
-            if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", arm):
+            if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", arm) or arm.endswith(".partial"):
                 raise ValueError(f"the arm {arm!r} is not a plain lower-case name")
-            if arm in (BASE, ORACLE):
-                raise ValueError(f"the name {arm!r} is taken by an arm of its own (see base and oracle)")
+            if arm in TAKEN:
+                raise ValueError(f"the name {arm!r} is taken by an arm or a folder of its own; call it otherwise")
         if self.selection.k is not None and self.selection.k > self.pool.size:
             raise ValueError(f"selection.k {self.selection.k} is larger than the pool of {self.pool.size} documents")
         if self.selection.positive not in self.pool.labels:

@@ -21,7 +21,7 @@ class CurationConfig(Config):
     """Name of the curation; it stands in ``runs/NAME`` unless ``--out`` says otherwise."""
     title: str = "Curation"
     """Heading of the cards."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the hashes that find near duplicates."""
     intake: IntakeConfig
     """Where documents come from, and which count as new. Its near_duplicate stays what it was in the first run."""

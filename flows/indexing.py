@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.common.config import parse
-from tasks.common.errors import InputError
-from tasks.common.files import sha256_file
+from tasks.common.config import apply_setting, parse
+from tasks.common.elsewhere import at_hand
+from tasks.common.errors import InputError, one_line
+from tasks.common.files import LOCK, locked, nothing_left, sha256_file
 from tasks.pool.documents import read_documents, write_documents
-from tasks.scoring.config import FitConfig, ScorerConfig, SketchConfig, check_type
+from tasks.scoring.config import FitConfig, RayConfig, ScorerConfig, SketchConfig, check_type
 
 
 def build(
-    *, model: str, data: Path, out: Path, dtype: Any, calibration: str | None, fit_documents: int, kr: int, kh: int,
-    kg: int, lambda_rh: float, lambda_gh: float, alpha: float, seed: int, max_length: int, precision: str,
-    shard_tokens: int, processes: int, on_bad_row: Any,
+    *, model: str, data: Path | str, out: Path, dtype: Any, calibration: str | None, fit_documents: int, kr: int,
+    kh: int, kg: int, lambda_rh: float, lambda_gh: float, alpha: float, seed: int, max_length: int, precision: str,
+    shard_tokens: int, processes: int, runner: str, ray: Sequence[str], on_bad_row: Any,
 ) -> str:  # fmt: skip
     """Build the index of a file of documents, or go on with it.
 
@@ -37,17 +38,20 @@ def build(
     if lambda_rh == lambda_gh == 0:
         raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
     scorer = parse(ScorerConfig, {"model": model, "max_length": max_length, "precision": precision,
-                                  "shard_tokens": shard_tokens, "processes": processes}, "options")  # fmt: skip
+                                  "shard_tokens": shard_tokens, "processes": processes,
+                                  "ray": _ray(runner, ray)}, "options")  # fmt: skip
     name = calibration or ("median-bit" if dtype == "bit" else "none")
     fit = None if name == "none" else parse(FitConfig, {"name": name, "documents": fit_documents}, "options")
     try:
         check_type(dtype, name)
     except ValueError as error:
         raise InputError(f"--dtype {dtype} with --calibration {name}: {error}") from None
-    if out.exists() and not (out / PLAN).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is neither empty nor an index; choose another --out", file=out)
-    with _as_parquet(data, on_bad_row) as documents:
-        count = build_index(documents, out, scorer, sketch, stored=dtype, fit=fit, data=sha256_file(data),
+    _require_index(out, PLAN)
+    with (
+        at_hand(data) as file, _as_parquet(file, on_bad_row, _shared(scorer, out)) as documents, locked(out),
+        nothing_left(out),
+    ):  # fmt: skip
+        count = build_index(documents, out, scorer, sketch, stored=dtype, fit=fit, data=sha256_file(file),
                             label="index")  # fmt: skip
     return f"{count} documents in the index {out}"
 
@@ -66,13 +70,16 @@ def convert(*, directory: Path, out: Path, dtype: Any, calibration: str | None, 
 
     name = calibration or ("median-bit" if dtype == "bit" else "none")
     fit = None if name == "none" else parse(FitConfig, {"name": name, "documents": fit_documents}, "options")
-    if out.exists() and not (out / PLAN).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is neither empty nor an index; choose another --out", file=out)
-    count = convert_index(Index(directory), out, stored=dtype, fit=fit)
+    _require_index(out, PLAN)
+    with locked(out), nothing_left(out):
+        count = convert_index(Index(directory), out, stored=dtype, fit=fit)
     return f"{count} documents in the index {out}"
 
 
-def append(*, directory: Path, data: Path, model: str | None, processes: int, on_bad_row: Any) -> str:
+def append(
+    *, directory: Path, data: Path | str, model: str | None, processes: int, runner: str, ray: Sequence[str],
+    on_bad_row: Any,
+) -> str:  # fmt: skip
     """Add a file of documents to an index, or go on with that.
 
     Returns:
@@ -84,9 +91,12 @@ def append(*, directory: Path, data: Path, model: str | None, processes: int, on
     from tasks.scoring.build import append_index, scorer_of
     from tasks.scoring.index import Index
 
-    scorer = scorer_of(Index(directory), model=model, processes=processes)
-    with _as_parquet(data, on_bad_row) as documents:
-        count = append_index(documents, directory, scorer, data=sha256_file(data), label="index")
+    scorer = scorer_of(Index(directory), model=model, processes=processes, ray=_ray(runner, ray))
+    with (
+        at_hand(data) as file, _as_parquet(file, on_bad_row, _shared(scorer, directory)) as documents,
+        locked(directory),
+    ):  # fmt: skip
+        count = append_index(documents, directory, scorer, data=sha256_file(file), label="index")
     return f"{count} documents added; {len(Index(directory))} in the index {directory}"
 
 
@@ -138,13 +148,42 @@ def verify(directory: Path) -> str:
     return f"{shards} shards, {documents} documents whole"
 
 
+def _require_index(out: Path, plan: str) -> None:
+    """Refuse a place that is neither empty nor an index; a build that was killed as it began left only the hidden."""
+    if out.exists() and not (out / plan).exists() and (not out.is_dir() or any(
+            path.name != LOCK and not path.name.startswith(f".{plan}.") for path in out.iterdir())):
+        raise InputError("is neither empty nor an index; choose another --out", file=out)
+
+
+def _ray(runner: str, settings: Sequence[str]) -> RayConfig | None:
+    """What ``--runner`` and ``--ray FIELD=VALUE`` say."""
+    if runner != "ray":
+        if settings:
+            raise InputError(f"--ray goes with --runner ray, not with --runner {runner}")
+        return None
+    given: dict[str, Any] = {}
+    for setting in settings:
+        try:
+            apply_setting(given, setting)
+        except InputError as error:
+            raise InputError(error.problem.replace("--set", "--ray", 1)) from None
+    return parse(RayConfig, given, "--ray")
+
+
+def _shared(scorer: ScorerConfig, out: Path) -> Path | None:
+    """Where a file has to stand that all workers read: beside the index, where some are on other machines."""
+    return out.absolute().parent if scorer.ray is not None and scorer.ray.address is not None else None
+
+
 @contextmanager
-def _as_parquet(data: Path, on_bad_row: Any) -> Iterator[Path]:
+def _as_parquet(data: Path, on_bad_row: Any, place: Path | None) -> Iterator[Path]:
     """The documents of a file as the stages read them, for as long as they are needed."""
     read = read_documents(data, on_bad_row=on_bad_row)
     for row in read.skipped:
-        print(f"skipped: {row.file}, row {row.row}, field {row.field}: {row.problem}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
+        print(one_line(f"skipped: {row.file}, row {row.row}, field {row.field}: {row.problem}"), file=sys.stderr)
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rise-", dir=place) as folder:
         documents = Path(folder) / "documents.parquet"
         write_documents(documents, read.table)
         del read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import subprocess
@@ -17,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from tasks.common.config import Config
+from tasks.common.config import Config, read_yaml
 from tasks.common.errors import InputError
-from tasks.common.files import sha256_json, write_json, write_text
+from tasks.common.files import LOCK, locked, remove_parts, sha256_json, write_json, write_text
 from tasks.common.stage import Ref
 
-CONFIG, MANIFEST, LOCK = "config.yaml", "manifest.json", ".lock"
+CONFIG, MANIFEST = "config.yaml", "manifest.json"
 PACKAGES = ("rise-curation", "torch", "transformers", "accelerate", "datasets", "lm_eval", "bm25s",
             "sentence-transformers", "datasketch", "numkong", "duckdb", "pyarrow", "numpy", "scikit-learn",
             "prefect")  # fmt: skip
@@ -36,13 +35,9 @@ def claimed(directory: Path, config: Config) -> Iterator[None]:
     Raises:
         InputError: it was made from another configuration, or another process is at work in it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("another run is at work in this directory", file=directory) from None
+    with locked(directory):
         _claim(directory / CONFIG, config.plain())
+        remove_parts(directory)
         yield
 
 
@@ -54,7 +49,8 @@ def check_claim(directory: Path, config: Config) -> None:
     """
     if (directory / CONFIG).exists():
         _claim(directory / CONFIG, config.plain())
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.exists() and not (directory.is_dir() and all(
+            path.name.startswith((LOCK, f".{CONFIG}.")) for path in directory.iterdir())):  # killed as it began
         raise InputError("is neither empty nor a run; choose another --out", file=directory)
 
 
@@ -62,7 +58,7 @@ def _claim(file: Path, values: dict[str, Any]) -> None:
     if not file.exists():
         write_text(file, yaml.safe_dump(values, sort_keys=True, allow_unicode=True))
         return
-    begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+    begun = read_yaml(file)
     if begun != values:
         field, old, new = next(_differences(begun, values))
         raise InputError(f"the run in this directory was made with {old!r}, not {new!r}; choose another --out",
@@ -122,5 +118,5 @@ def write_manifest(directory: Path, config: Config, stages: Sequence[Ref], extra
     write_json(directory / MANIFEST, {
         "digest": digest, "stages": {name: asdict(ref) for name, ref in zip(digests, stages, strict=True)},
         **extra, "surroundings": surroundings(sys.argv),
-    })  # fmt: skip
+    }, checked=True)  # fmt: skip
     return digest

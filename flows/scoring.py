@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from tasks.common.config import apply_setting, parse
-from tasks.common.errors import InputError
-from tasks.common.files import sha256_file, sha256_json
+from tasks.common.errors import InputError, one_line
+from tasks.common.files import check_output, nothing_left, sha256_file, sha256_json
 from tasks.common.models import locate
 from tasks.pool.documents import read_documents, write_documents
 from tasks.scoring.config import METHODS, MethodConfig, RiseConfig, ScorerConfig
@@ -53,25 +54,27 @@ def score_files(
         raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
     scorer = parse(ScorerConfig, {"model": model or "none", "max_length": max_length, "precision": precision},
                    "options")  # fmt: skip
-    if out.is_dir():
-        raise InputError("is a directory; name a file to write", file=out)
+    check_output(out, pool, queries)
+    if per_query is not None:
+        check_output(per_query, pool, queries, out)
     documents = read_documents(pool, on_bad_row=on_bad_row)
-    wanted = None if queries is None else read_documents(queries, on_bad_row=on_bad_row)
+    wanted = None if queries is None else read_documents(queries, on_bad_row=on_bad_row, prompts=True)
     key = sha256_json([config.plain(), scorer.plain(), sha256_file(pool), sha256_file(queries) if queries else None,
                        locate(model).digest if model else None, on_bad_row])  # fmt: skip
     work = out.parent / f".{out.name}.{key[:16]}.work"
-    for old in out.parent.glob(f".{out.name}.*.work"):
+    for old in out.parent.glob(f".{glob.escape(out.name)}.*.work"):
         if old != work:
             shutil.rmtree(old)
-    work.mkdir(parents=True, exist_ok=True)
-    write_documents(work / "pool.parquet", documents.table)
-    if wanted is not None:
-        write_documents(work / "queries.parquet", wanted.table)
-    scores = score_pool(config, Request(work / "pool.parquet", work / "queries.parquet", scorer, work))
+    with nothing_left(work):
+        work.mkdir(parents=True, exist_ok=True)
+        write_documents(work / "pool.parquet", documents.table)
+        if wanted is not None:
+            write_documents(work / "queries.parquet", wanted.table)
+        scores = score_pool(config, Request(work / "pool.parquet", work / "queries.parquet", scorer, work))
     write_scores(scores, out, per_query=per_query)
     shutil.rmtree(work)
     skipped = [*documents.skipped, *(wanted.skipped if wanted else [])]
     for row in skipped:
-        print(f"skipped: {row.file}, row {row.row}, field {row.field}: {row.problem}", file=sys.stderr)
+        print(one_line(f"skipped: {row.file}, row {row.row}, field {row.field}: {row.problem}"), file=sys.stderr)
     note = f"; {len(skipped)} bad rows skipped" if skipped else ""
     return f"{len(scores.doc_ids)} documents scored by {method} into {out}{note}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,7 +20,7 @@ from tasks.selection.metrics import KS
 STAGES = ("pool", "pretraining", "scoring", "selection")
 """The stages of a study, as ``--refresh`` names them."""
 PREDICT, RECALL = "predict", "recall"
-NAME = r"[a-z0-9][a-z0-9._-]*"
+NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
 
 
 class StudyPool(Config):
@@ -52,7 +53,7 @@ class StudyConfig(Config):
     """Name of the study; it stands in ``runs/NAME`` unless ``--out`` says otherwise."""
     title: str = "Retrieval study"
     """Heading of the report."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the pools' draw and of the bootstrap."""
     scorer: ScorerConfig
     """The model that scores."""
@@ -91,8 +92,11 @@ class StudyConfig(Config):
     def _goes_together(self) -> Self:
         for kind, names in (("pool", self.pools), ("arm", self.methods)):
             for name in names:
-                if not re.fullmatch(NAME, name):
+                if not re.fullmatch(NAME, name) or name.endswith(".partial"):
                     raise ValueError(f"the {kind} {name!r} is not a plain lower-case name")
+        folders = Counter(f"{pool}.{arm}" for pool in self.pools for arm in self.methods)
+        if folders.most_common(1)[0][1] > 1:
+            raise ValueError(f"two pairs of a pool and an arm make the name {folders.most_common(1)[0][0]!r}")
         for field in ("seeds", "paradigms"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field} names one twice")

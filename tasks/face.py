@@ -7,7 +7,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks.common.progress import Report
+from tasks.common.progress import Report, Share
 from tasks.common.stage import Ref
 
 
@@ -19,15 +19,16 @@ def settle(ref: Ref) -> Ref | State:
 
 
 def reporter(what: str) -> Report:
-    """A report that shows the share done as a progress artifact of the running task, made when work begins."""
+    """A report that shows the share done, the rate and the time left as a progress artifact of the running task."""
     artifact: list[UUID] = []
 
     def report(share: float) -> None:
+        described = f"{what}: {share.words}" if isinstance(share, Share) else what
         if not artifact:
-            made: Any = create_progress_artifact(progress=100.0 * share, description=what)
+            made: Any = create_progress_artifact(progress=100.0 * share, description=described)
             artifact.append(made)
         else:
-            update_progress_artifact(artifact[0], progress=100.0 * share)
+            update_progress_artifact(artifact[0], progress=100.0 * share, description=described)
 
     return report
 

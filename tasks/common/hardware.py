@@ -169,7 +169,9 @@ def shape_of(spec: str, revision: str | None = None, *, encoder: bool = False) -
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
     place = str(locate(spec).path) if spec.startswith("pypi:") else spec
     if (Path(place).exists() or place.startswith((".", "/", "~"))) and not _config(Path(place)).is_file():
         raise InputError("is no model directory and no config.json", file=spec)
@@ -177,14 +179,15 @@ def shape_of(spec: str, revision: str | None = None, *, encoder: bool = False) -
         config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
         with torch.device("meta"):
             model = (AutoModel if encoder else AutoModelForCausalLM).from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        text = config.get_text_config()
+        layers, width, vocabulary = text.num_hidden_layers, text.hidden_size, text.vocab_size
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"has no model configuration that can be used here ({first}); a config.json in its place is "
                          "enough to plan with", file=spec) from None  # fmt: skip
-    text = config.get_text_config()
     looked_up = _looked_up(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Shape(parameters, parameters - looked_up, text.num_hidden_layers, text.hidden_size, text.vocab_size)
+    return Shape(parameters, parameters - looked_up, layers, width, vocabulary)
 
 
 def _config(place: Path) -> Path:

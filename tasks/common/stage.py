@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.common.files import read_json, sha256_file, sha256_json, write_json
+from tasks.common.files import read_json, remove_parts, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
 WORK_KEY = "work.json"
@@ -55,20 +56,29 @@ def stage_key(stage: str, version: int, config: Mapping[str, Any], inputs: Mappi
 
 
 def digest_directory(directory: Path) -> str:
-    """SHA-256 over the relative names and contents of all files below ``directory`` but :data:`UNDIGESTED`."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in UNDIGESTED)
+    """SHA-256 over the relative names and contents of all files below ``directory`` but :data:`UNDIGESTED` and those
+    whose names begin with a dot."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in UNDIGESTED
+                   and not path.name.startswith("."))  # fmt: skip
     return sha256_json([[path.relative_to(directory).as_posix(), sha256_file(path)] for path in files])
 
 
 def find(directory: Path, key: str) -> Ref | None:
-    """The reference to a whole result with this key, or None."""
+    """The reference to a whole result with this key, or None; a result that is damaged is none, and is told of."""
     try:
         manifest = read_json(directory / MANIFEST)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if manifest.get("key") != key:
+            return None
+        ref = Ref(**{**manifest["ref"], "path": str(directory), "cached": True})
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if manifest.get("key") != key:
+    except (ValueError, TypeError, LookupError, AttributeError):
+        print(f"{directory / MANIFEST}: is damaged", file=sys.stderr)
         return None
-    return Ref(**{**manifest["ref"], "path": str(directory), "cached": True})
+    if digest_directory(directory) != ref.digest:
+        print(f"{directory}: is damaged: a file in it is not what was written", file=sys.stderr)
+        return None
+    return ref
 
 
 def run_stage(
@@ -101,6 +111,11 @@ def run_stage(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_json(partial / WORK_KEY, {"key": key})
+    elif (made := find(partial, key)) is not None:  # killed before it was given its name
+        _put(partial, directory)
+        return replace(made, path=str(directory), cached=False)
+    (partial / MANIFEST).unlink(missing_ok=True)
+    remove_parts(partial)
     start = time.perf_counter()
     rows = work(partial)
     seconds = time.perf_counter() - start
@@ -108,11 +123,16 @@ def run_stage(
     write_json(
         partial / MANIFEST,
         {"key": key, "version": version, "config": config, "inputs": inputs, "ref": {**asdict(ref), "path": "."}},
+        checked=True,
     )
+    _put(partial, directory)
+    return ref
+
+
+def _put(partial: Path, directory: Path) -> None:
     if directory.exists():
         shutil.rmtree(directory)
     os.replace(partial, directory)
-    return ref
 
 
 def read_key(partial: Path) -> str | None:

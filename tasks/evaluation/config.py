@@ -32,7 +32,7 @@ class CweConfig(Config):
     truncate: bool = False
     """False: a prompt that does not fit the model's context, answer included, is an error. True: it is cut from the
     left, as lm-eval does by itself, and the notes say so."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the prompts."""
 
 
@@ -55,5 +55,5 @@ class EvaluationConfig(Config):
     """ARC-Challenge. None: not run."""
     ruler_cwe: CweConfig | None = CweConfig()
     """RULER-CWE. None: not run."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the order of ARC's questions and of the bootstrap."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.errors import InputError
-from tasks.common.files import whole_file, write_json
+from tasks.common.files import sha256_json, whole_file, write_json
 from tasks.common.models import load_causal_lm, load_tokenizer, locate, torch_dtype
 from tasks.common.progress import Report
 from tasks.evaluation import intervals
@@ -29,6 +29,8 @@ METRICS_FILE = "metrics.parquet"
 NOTES_FILE = "notes.json"
 PERPLEXITY, ARC, CWE = "perplexity.parquet", "arc.parquet", "cwe.parquet"
 COLUMNS = ("doc_id", "text", "label")
+_CHECKSUM = "sha256"
+"""Key of a part's metadata under which the checksum of its rows stands."""
 
 
 def evaluate(
@@ -61,8 +63,6 @@ def evaluate(
     Raises:
         InputError: the model or a file cannot be used, or a prompt does not fit the model's context.
     """
-    import pyarrow.parquet as pq
-
     @cache
     def loaded() -> tuple[Any, Any]:
         located = locate(str(model_dir))
@@ -91,13 +91,33 @@ def evaluate(
 
     tables: dict[str, pa.Table] = {}
     for i, (name, part) in enumerate(parts.items()):
-        if not (out / name).exists():
-            _write(part(_within(report, i, len(parts))), out / name)
-        tables[name] = pq.read_table(out / name)
+        table = _kept(out / name)
+        if table is None:
+            table = part(_within(report, i, len(parts)))
+            table = table.replace_schema_metadata({_CHECKSUM: _checksum(table)})
+            _write(table, out / name)
+        tables[name] = table
     estimates = _estimates(tables, config, heldout)
     _write(_metrics(estimates), out / METRICS_FILE)
     write_json(out / NOTES_FILE, _notes(tables))
     return len(estimates)
+
+
+def _kept(path: Path) -> pa.Table | None:
+    """A part that stands as it was written; None where it does not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        whole = (table.schema.metadata or {}).get(_CHECKSUM.encode()) == _checksum(table).encode()
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return table if whole else None
+
+
+def _checksum(table: pa.Table) -> str:
+    return sha256_json(table.to_pydict())
 
 
 def _within(report: Report | None, part: int, parts: int) -> Report:

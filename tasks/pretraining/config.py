@@ -46,7 +46,7 @@ class PretrainingConfig(Config):
     """Recompute the activations in the backward pass: less memory, about a third more time."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Optimizer steps between two checkpoints; a run that was killed loses at most so many."""
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=1024)
     """1 trains in this process; N starts N with torchrun, one a GPU where there are GPUs."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the order of the documents and of dropout."""

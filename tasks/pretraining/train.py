@@ -22,11 +22,13 @@ from tasks.common.errors import InputError
 from tasks.common.files import sha256_json, whole_file, write_json
 from tasks.common.models import Located, load_causal_lm, load_tokenizer, locate, torch_dtype
 from tasks.common.progress import Progress, Report
+from tasks.common.stage import digest_directory
 from tasks.pretraining.checkpoint import Checkpoint, writing
 from tasks.pretraining.config import PretrainingConfig
 from tasks.pretraining.data import Corpus, batch, padded, pieces, read_corpus, steps_per_epoch
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
     from accelerate import Accelerator
     from transformers import PreTrainedModel
@@ -120,7 +122,7 @@ def prepare(config: PretrainingConfig, documents: Path) -> Run:
     located = locate(config.model, revision=config.revision)
     try:
         shape = AutoConfig.from_pretrained(located.path, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise InputError(f"has a config.json that transformers cannot use ({error})", file=config.model) from None
     positions = getattr(shape, "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
@@ -252,14 +254,26 @@ def _finished(run: Run, out: Path) -> bool:
     Raises:
         InputError: it holds the result of another one.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     history = out / HISTORY
     if not history.is_file():
         return False
-    if (pq.read_schema(history).metadata or {}).get(b"key") != run.key.encode():
+    try:
+        table = pq.read_table(history)
+        digest = _digest(table, out / MODEL)
+    except (pa.ArrowException, OSError, ValueError):
+        return False  # damaged
+    notes = table.schema.metadata or {}
+    if notes.get(b"key") != run.key.encode():
         raise InputError("is of another configuration, model or selection; train into another directory", file=history)
-    return True
+    return notes.get(b"sha256") == digest.encode()
+
+
+def _digest(history: pa.Table, model: Path) -> str:
+    """SHA-256 over the rows of a history and the files of a model."""
+    return sha256_json([history.to_pydict(), digest_directory(model)])
 
 
 def _save_model(model: PreTrainedModel, origin: Located, place: Path) -> None:
@@ -285,9 +299,11 @@ def _write_history(run: Run, losses: Sequence[float], learning_rate: Callable[[i
         "loss": pa.array(losses, pa.float64()),
         "lr": pa.array([learning_rate(step) for step in steps], pa.float64()),
     }
-    notes = {"key": run.key, "documents": str(len(run.corpus.tokens)), "left_out": str(run.corpus.left_out)}
+    table = pa.table(columns)
+    notes = {"key": run.key, "documents": str(len(run.corpus.tokens)), "left_out": str(run.corpus.left_out),
+             "sha256": _digest(table, path.with_name(MODEL))}  # fmt: skip
     with whole_file(path) as part:
-        pq.write_table(pa.table(columns).replace_schema_metadata(notes), part)
+        pq.write_table(table.replace_schema_metadata(notes), part)
 
 
 def _write_timings(run: Run, begun: int, seconds: float, path: Path) -> None:

@@ -15,22 +15,31 @@ REPORT, RESULTS = "report.html", "results.json"
 
 
 def report_run(directory: Path, *, excerpts: bool = True, out: Path | None = None) -> Path:
-    """Write the report of a finished run, and its results as ``results.json`` where ``out`` is not given.
+    """Write the report of a finished run or study, and its results as ``results.json`` where ``out`` is not given.
 
     Args:
         directory: the run: ledger, resolved configuration, manifest and the stages' folders.
-        excerpts: show a few documents of the pool an arm.
+        excerpts: show a few documents of the pool an arm; the report of a study has none in any case.
         out: the HTML file; None is ``report.html`` in the run's directory.
 
     Returns:
         The report's path.
 
     Raises:
-        InputError: the directory holds no finished run.
+        InputError: the directory holds no finished run, or a curation.
     """
+    config = read_yaml(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    if config.get("kind") == "curation":
+        raise InputError("holds a curation, whose selections have cards: selections/NNNN/card.md", file=directory)
     if not (directory / MANIFEST).is_file():
-        raise InputError("holds no finished run; `rise run` with the same --out finishes one", file=directory)
-    config = read_yaml(directory / CONFIG)
+        raise InputError("holds no finished run; `rise run`, or `rise study`, with the same --out finishes one",
+                         file=directory)  # fmt: skip
+    if "methods" in config and "subsets" not in config:  # those belong to a linear datamodeling score
+        from tasks.reporting.study import report_study
+
+        return report_study(directory, out=out)
+    if "arms" not in config:
+        raise InputError("holds no closed loop and no study, and has no such report", file=directory)
     report = out or directory / REPORT
     write_report(
         directory / LEDGER, config, _facts(directory, config), report,

@@ -178,8 +178,12 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> boo
     return None not in bounds and (bounds[0] > bounds[3] or bounds[2] > bounds[1])
 
 
-def report_study(directory: Path) -> Path:
-    """Write ``report.html`` and ``results.json`` of a finished study.
+def report_study(directory: Path, *, out: Path | None = None) -> Path:
+    """Write ``report.html`` of a finished study, and ``results.json`` where ``out`` is not given.
+
+    Args:
+        directory: the study.
+        out: the HTML file; None is ``report.html`` in the study's directory.
 
     Raises:
         InputError: the directory holds no finished study.
@@ -217,9 +221,10 @@ def report_study(directory: Path) -> Path:
             config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
         )  # fmt: skip
         results = {name: rows(con, f"SELECT * FROM {name} ORDER BY rowid") for name in TABLES if name != "stages"}
-    write_text(directory / REPORT, page)
-    write_json(directory / RESULTS, {**results, "facts": facts})
-    return directory / REPORT
+    write_text(out or directory / REPORT, page)
+    if out is None:
+        write_json(directory / RESULTS, {**results, "facts": facts})
+    return out or directory / REPORT
 
 
 def _best(values: Sequence[float | None], *, higher: bool = True) -> float | None:

@@ -8,15 +8,19 @@ the median is fitted on them.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,18 +29,24 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from tasks.common.errors import InputError
-from tasks.common.files import read_json, sha256_file, write_json
+from tasks.common.files import intact, read_json, sha256_file, write_json
 from tasks.common.models import Located, load_causal_lm, locate, torch_dtype
 from tasks.common.progress import Progress, Report
 from tasks.scoring import calibration, index, store
 from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
 from tasks.scoring.plan import PIECE, Batch, pieces, read_batch
+from tasks.scoring.rivals.child import run_child
 from tasks.scoring.spread import write_spreads
+
+if TYPE_CHECKING:
+    from tasks.scoring.readout import Readout
 
 VERSION = 2
 """Version of what the readout computes; part of every key made from it."""
 SAMPLE = "sample"
 APPEND = "append.json"
+LONGEST_TEMP = 30
+"""Characters of the place where Ray keeps its sockets: a socket's path has 107 at most."""
 Losses = NDArray[np.float64] | None
 
 
@@ -123,6 +133,7 @@ def build_indexes(
     """
     if not specs:
         raise ValueError("no index to build")
+    require_runner(scorer)
     job = _Job(documents, tuple(spec.with_fit() for spec in specs), scorer, losses, label)
     if len(specs) > 1 and any(spec.stored == "bit" for spec in specs):
         raise ValueError("an index of bits is built alone: the sample that its median is fitted on makes up its first "
@@ -136,15 +147,15 @@ def build_indexes(
     _make(job, located, batch, report)
     made_of = _made_of(located, scorer, documents, data)
     for spec in job.specs:
-        if spec.fit is not None and spec.stored != "bit" and not (spec.out / index.CALIBRATION).exists():
+        if spec.fit is not None and spec.stored != "bit" and not intact(spec.out / index.CALIBRATION):
             whole = (index.written_shard(spec.out, number, spec.stored, spec.dimension)
                      for number in range(len(batch.plan)))  # fmt: skip
             blocks = (block for shard in whole for block in shard.blocks(PIECE))
             index.write_calibration(spec.out, calibration.fit(spec.fit.base, blocks))
         if spec.fit is not None and spec.fit.spread:
             write_spreads(spec.out, range(len(batch.plan)), spec.stored, spec.dimension, spec.fit)
-        index.finish(spec.out, 0, len(batch.plan), made_of=made_of)
         shutil.rmtree(spec.out / SAMPLE, ignore_errors=True)
+        index.finish(spec.out, 0, len(batch.plan), made_of=made_of)
     return batch.count
 
 
@@ -177,6 +188,7 @@ def append_index(
         InputError: the model is another one, a document is in the index already, or an append of other documents is
             not finished.
     """
+    require_runner(scorer)
     whole = index.Index(out)
     manifest = whole.manifest
     located = locate(scorer.model, revision=scorer.revision)
@@ -185,6 +197,9 @@ def append_index(
         if manifest[key] != value:
             raise InputError(f"was made with {key} = {manifest[key]}, not {value}", file=out)
     batch = read_batch(located, documents, scorer, None)
+    if _added(out, manifest, batch):
+        (out / APPEND).unlink()
+        return batch.count
     _refuse_known(whole, batch.groups[0].doc_ids)
     whole.check_calibration()
     first = len(whole.shards)
@@ -274,6 +289,16 @@ def _refuse_known(whole: index.Index, doc_ids: tuple[str, ...]) -> None:
                              file=whole.directory, field="id")  # fmt: skip
 
 
+def _added(out: Path, manifest: dict[str, Any], batch: Batch) -> bool:
+    """Whether an append of these documents was killed when the index was whole already."""
+    try:
+        begun = read_json(out / APPEND)
+    except FileNotFoundError:
+        return False
+    shards: int = begun["first"] + manifest["batches"][-1]["shards"]
+    return begun["documents"] == batch.digest and shards == len(manifest["shards"])
+
+
 def _claim_append(out: Path, claim: dict[str, Any]) -> None:
     """Note what is being added, or go on with it; what an append that was given up left behind is removed."""
     try:
@@ -286,7 +311,7 @@ def _claim_append(out: Path, claim: dict[str, Any]) -> None:
         raise InputError("other documents are being added to this index; give those again to go on with them, or "
                          "remove this file to give them up", file=out / APPEND)  # fmt: skip
     index.remove_shards(out, claim["first"])
-    write_json(out / APPEND, claim)
+    write_json(out / APPEND, claim, checked=True)
 
 
 @dataclass(frozen=True)
@@ -336,37 +361,46 @@ class _Missing:
         return _Missing(self.sample[rank::world], self.shards[rank::world], self.fits)
 
 
-_WORK = TypeAdapter(tuple[_Job, _Missing])
-"""What one process writes down for the others."""
+@dataclass(frozen=True)
+class _Work:
+    """What one process writes down for the others."""
+
+    job: _Job
+    missing: _Missing
+    sampled: int
+    """Shards of the sample."""
+    model: str
+    """Digest of the model."""
+    documents: str
+    """Digest of the documents' ids and tokens."""
+
+
+_WORK = TypeAdapter(_Work)
 
 
 def _make(job: _Job, located: Located, batch: Batch, report: Report | None) -> None:
     """Make every shard that is missing, in this process or in several."""
-    fits = job.samples is not None and not (job.specs[0].out / index.CALIBRATION).exists()
+    fits = job.samples is not None and not intact(job.specs[0].out / index.CALIBRATION)
     missing = _Missing(
         [number for number in range(batch.sampled) if fits and not index.shard_done(job.sample, number)],
         [number for number in range(len(batch.plan)) if job.lacking(number)], fits,
     )  # fmt: skip
     if not (missing.shards or missing.fits):
         return
-    if job.scorer.processes > 1:
-        _launch(job, missing)
+    if job.scorer.ray is not None or job.scorer.processes > 1:
+        work = _Work(_anywhere(job, located), missing, batch.sampled, located.digest, batch.digest)
+        (_launch if job.scorer.ray is None else _map)(work, report)
     else:
-        _build_shards(job, located, batch, missing, report)
+        _build_shards(job, _load(job, located, batch), batch, missing, report)
 
 
-def _build_shards(
-    job: _Job, located: Located, batch: Batch, missing: _Missing, report: Report | None = None, *, rank: int = 0,
-    world: int = 1,
-) -> None:  # fmt: skip
-    """Make one process's share of the missing shards."""
+def _load(job: _Job, located: Located, batch: Batch) -> Readout:
+    """The model on this process's device."""
     import torch
 
-    from tasks.scoring.engine import forward
     from tasks.scoring.readout import Readout
-    from tasks.scoring.rise import Sketcher
 
-    scorer, mine = job.scorer, missing.share(rank, world)
+    scorer = job.scorer
     if scorer.threads is not None:
         torch.set_num_threads(scorer.threads)
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
@@ -376,6 +410,18 @@ def _build_shards(
     if readout.positions is not None and batch.longest > readout.positions:
         raise InputError(f"the scorer has {readout.positions} positions, a document {batch.longest} tokens; cut "
                          f"documents at {readout.positions}", file=located.spec, field="max_length")  # fmt: skip
+    return readout
+
+
+def _build_shards(
+    job: _Job, readout: Readout, batch: Batch, missing: _Missing, report: Report | None = None, *, rank: int = 0,
+    world: int = 1,
+) -> None:  # fmt: skip
+    """Make one process's share of the missing shards."""
+    from tasks.scoring.engine import forward
+    from tasks.scoring.rise import Sketcher
+
+    scorer, mine = job.scorer, missing.share(rank, world)
     # Indexes of one sketch in several types share its signatures.
     sketchers = {sketch: Sketcher(readout.head, sketch) for sketch in _sketches(job.specs)}
     kept = {number for number in range(batch.sampled) if index.shard_done(job.sample, number)}
@@ -407,7 +453,7 @@ def _build_shards(
             encoded = store.Encoder(len(batch.plan[number][1]), "fp32")
             losses = read(number, [(job.specs[0], encoded)])
             write(job.sample, number, number, encoded, losses)
-        fitted = _median(job, batch, missing, rank, world)
+        fitted = _median(job, batch.sampled, missing, rank, world) if missing.fits or mine.shards else None
         for number in mine.shards:
             rows = len(batch.plan[number][1])
             into = [(spec, store.Encoder(rows, spec.stored, fitted)) for spec in job.lacking(number)]
@@ -422,7 +468,7 @@ def _sketches(specs: Sequence[IndexSpec]) -> list[SketchConfig]:
     return list(dict.fromkeys(spec.sketch for spec in specs if spec.sketch is not None))
 
 
-def _median(job: _Job, batch: Batch, missing: _Missing, rank: int, world: int) -> calibration.MedianBit | None:
+def _median(job: _Job, sampled: int, missing: _Missing, rank: int, world: int) -> calibration.MedianBit | None:
     """The median of an index of bits, fitted when the whole sample stands; None for another type."""
     if job.bits is None or job.bits.fit is None:
         return None
@@ -430,7 +476,7 @@ def _median(job: _Job, batch: Batch, missing: _Missing, rank: int, world: int) -
     if missing.fits:
         if world > 1:
             _wait_for_others()
-        sample = [_sample_shard(job, number) for number in range(batch.sampled)]
+        sample = [_sample_shard(job, number) for number in range(sampled)]
         fitted = calibration.fit(name, (block for shard in sample for block in shard.blocks(PIECE)))
         if rank == 0:
             index.write_calibration(job.bits.out, fitted)
@@ -461,22 +507,122 @@ def _from_sample(job: _Job, number: int, into: store.Encoder) -> Losses:
     return shard.documents().column("loss").to_numpy(zero_copy_only=False) if job.losses else None
 
 
-def _launch(job: _Job, missing: _Missing) -> None:
-    """Share the missing shards among processes; each writes its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job.scorer.threads or 1)}
+def _anywhere(job: _Job, located: Located) -> _Job:
+    """The same job for a process with another working directory, or on another kind of processor."""
+    here = {"model": str(located.path)} if Path(located.spec).exists() else {}
+    return replace(
+        job, documents=job.documents.resolve(),
+        specs=tuple(replace(spec, out=spec.out.resolve()) for spec in job.specs),
+        scorer=job.scorer.model_copy(update={**here, "precision": _precision(job.scorer)}),
+    )  # fmt: skip
+
+
+def _launch(work: _Work, _: Report | None) -> None:
+    """Share the missing shards among processes of this machine; each writes its own."""
+    scorer = work.job.scorer
+    environment = {**os.environ, "OMP_NUM_THREADS": str(scorer.threads or 1)}
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "work.json"
-        task.write_bytes(_WORK.dump_json((job, missing)))
+        task.write_bytes(_WORK.dump_json(work))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                   str(job.scorer.processes), "-m", "tasks.scoring.worker", str(task)]  # fmt: skip
+                   str(scorer.processes), "-m", "tasks.scoring.worker", str(task)]  # fmt: skip
         done = subprocess.run(command, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"a scoring worker failed (exit {done.returncode}); the shards that are whole are kept")
 
 
+def _map(work: _Work, report: Report | None) -> None:
+    """Share the missing shards among Ray's workers: a process of its own maps them, and leaves nothing in this one."""
+    scorer, out = work.job.scorer, work.job.specs[0].out
+    assert scorer.ray is not None
+    place = scorer.ray.temp or Path(tempfile.gettempdir())
+    place.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="ray-", dir=place)
+    given = {"work": _WORK.dump_json(work).decode(), "workers": scorer.processes, "ray": scorer.ray.plain(),
+             "temp": folder}  # fmt: skip
+    try:
+        run_child("flows.distributed", given, out / "ray.log", label=work.job.label, unit="shards",
+                  documents=len(work.missing.sample) + len(work.missing.shards), threads=scorer.threads or 1,
+                  report=report)  # fmt: skip
+    finally:
+        for _ in range(100):  # where it was interrupted, the last of Ray's processes write until they end as well
+            shutil.rmtree(folder, ignore_errors=True)
+            if not Path(folder).exists():
+                break
+            time.sleep(0.1)
+
+
+def require_runner(scorer: ScorerConfig) -> None:
+    """Refuse at once a scorer whose processes cannot be started.
+
+    Raises:
+        InputError: Ray is asked for and not installed, or cannot be used as it is configured.
+    """
+    if scorer.ray is None:
+        return
+    if importlib.util.find_spec("prefect_ray") is None:
+        raise InputError("Ray's workers need prefect-ray, which is not installed: pip install '.[ray]' in the checkout")
+    if scorer.ray.address is not None and "PREFECT_API_URL" not in os.environ:
+        raise InputError("the workers of a cluster need a Prefect server that all of them reach; start one and set "
+                         "PREFECT_API_URL", field="ray.address")  # fmt: skip
+    if scorer.ray.temp is not None and len(str(scorer.ray.temp.resolve())) > LONGEST_TEMP:
+        raise InputError(f"is longer than {LONGEST_TEMP} characters, and the paths of Ray's sockets below it have a "
+                         "limit; name a shorter one", file=scorer.ray.temp, field="ray.temp")  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _opened(text: str) -> tuple[_Work, Batch, Readout]:
+    """What another process wrote down, and what it takes to do it; once a process.
+
+    Raises:
+        InputError: the model or the documents are not the same here.
+    """
+    work = _WORK.validate_json(text)
+    scorer = work.job.scorer
+    located = locate(scorer.model, revision=scorer.revision)
+    batch = read_batch(located, work.job.documents, scorer, work.job.samples)
+    for what, found, wanted in (("model", located.digest, work.model), ("tokens", batch.digest, work.documents)):
+        if found != wanted:
+            raise InputError(f"the {what} on {socket.gethostname()} are not those of the machine that shares the work "
+                             f"(digests {found[:16]}…, {wanted[:16]}…)", file=scorer.model)  # fmt: skip
+    return work, batch, _load(work.job, located, batch)
+
+
 def work(task: Path) -> None:
     """One process's share of what :func:`_launch` wrote down; its rank is in the environment."""
-    job, missing = _WORK.validate_json(task.read_bytes())
-    located = locate(job.scorer.model, revision=job.scorer.revision)
-    batch = read_batch(located, job.documents, job.scorer, job.samples)
-    _build_shards(job, located, batch, missing, rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
+    work, batch, readout = _opened(task.read_text(encoding="utf-8"))
+    _build_shards(work.job, readout, batch, work.missing, rank=int(os.environ["RANK"]),
+                  world=int(os.environ["WORLD_SIZE"]))  # fmt: skip
+
+
+Part = Literal["sample", "shards"]
+"""What of the missing shards: those of the sample, or the index's own, for which the median must be fitted."""
+
+
+def parts(text: str) -> list[Part]:
+    """The parts of some work, in order; when the sample is whole, :func:`fit_sample` comes before the rest."""
+    return ["sample", "shards"] if _WORK.validate_json(text).missing.fits else ["shards"]
+
+
+def left(text: str) -> int:
+    """How many of the missing shards are not whole yet."""
+    work = _WORK.validate_json(text)
+    sample = sum(not index.shard_done(work.job.sample, number) for number in work.missing.sample)
+    return sample + sum(bool(work.job.lacking(number)) for number in work.missing.shards)
+
+
+def make_share(text: str, part: Part, rank: int, world: int) -> None:
+    """One worker's share of a part; shards that an earlier try has made are left out."""
+    work, batch, readout = _opened(text)
+    mine = work.missing.share(rank, world)
+    job = work.job
+    _build_shards(job, readout, batch, _Missing(
+        [number for number in mine.sample if part == "sample" and not index.shard_done(job.sample, number)],
+        [number for number in mine.shards if part == "shards" and job.lacking(number)], fits=False,
+    ))  # fmt: skip
+
+
+def fit_sample(text: str) -> None:
+    """Fit the median of an index of bits on its whole sample."""
+    work = _WORK.validate_json(text)
+    _median(work.job, work.sampled, work.missing, rank=0, world=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -33,7 +34,7 @@ class FitConfig(Config):
     """median-bit, center, or power:P (signed power P, then centre); each also with +spread."""
     documents: int = Field(2000, ge=1)
     """Documents of the sample that median-bit is fitted on; center and power:P are fitted on all."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the sample, which is drawn by the hash of the text."""
 
     @property
@@ -47,6 +48,23 @@ class FitConfig(Config):
         return self.name.endswith(SPREAD)
 
 
+class RayConfig(Config):
+    """Ray's workers, on this machine or on a cluster's (extra ``ray``)."""
+
+    address: str | None = Field(None, pattern=r"^(auto|[^\s/]+:\d+)$")
+    """HOST:PORT of a running cluster, or auto for the one that this machine belongs to; None starts Ray on this machine
+    alone, on the loopback address, and stops it."""
+    cpus: int = Field(1, ge=0)
+    """Cores that Ray counts for a worker (num_cpus)."""
+    gpus: int | None = Field(None, ge=0)
+    """GPUs of a worker (num_gpus); None is one where Ray's machines have any, else none."""
+    retries: int = Field(3, ge=0)
+    """How often the share of a worker that died is begun again; what it had finished is kept."""
+    temp: Path | None = None
+    """Where a Ray of this machine's own keeps sockets and logs while it runs; None is the system's place for temporary
+    files."""
+
+
 class ScorerConfig(Config):
     """The language model whose readout is sketched, and how it is run."""
 
@@ -56,16 +74,18 @@ class ScorerConfig(Config):
     """Revision of a hub id."""
     precision: Precision = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 where the processor multiplies it natively, else float32."""
-    max_length: int = Field(512, ge=2)
+    max_length: int = Field(512, ge=2, le=1 << 30)
     """Tokens read of a document (Table 6: seq_len)."""
-    batch_tokens: int = Field(1024, ge=1)
+    batch_tokens: int = Field(1024, ge=1, le=1 << 40)
     """Token budget of one forward pass, padding included; a longer document is a batch of its own."""
-    shard_tokens: int = Field(16_384, ge=1)
+    shard_tokens: int = Field(16_384, ge=1, le=1 << 40)
     """Tokens after which a shard is written; what a killed run loses at most."""
     device_map: Literal["auto", "balanced", "sequential"] | None = None
     """How accelerate spreads a model that is too large for one device; None keeps it on one."""
-    processes: int = Field(1, ge=1)
+    processes: int = Field(1, ge=1, le=1024)
     """Processes that share the shards, one device each."""
+    ray: RayConfig | None = None
+    """Let Ray start the processes, on any of its machines; None starts them on this one."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each process; None leaves torch's choice."""
 
@@ -93,13 +113,19 @@ class SketchConfig(Config):
     """K_max, most candidates kept (max_topL_cap)."""
     alpha: float = Field(0.0, ge=0, le=2)
     """A position's share is ‖r̃_t‖^alpha; 0 is the paper, where every position counts the same."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the bucket and sign hashes."""
 
     @property
     def dimension(self) -> int:
         """D = K_h (K_r + K_g), the length of a signature."""
         return self.kh * (self.kr + self.kg)
+
+    @model_validator(mode="after")
+    def _fits_into_memory(self) -> SketchConfig:
+        if self.dimension > 1 << 24:
+            raise ValueError(f"a signature of kh (kr + kg) = {self.dimension:,} numbers is longer than {1 << 24:,}")
+        return self
 
 
 class _Method(Config):
@@ -113,7 +139,7 @@ class RandomConfig(_Method):
     """A score drawn uniformly for every document, from its id and a seed."""
 
     method: Literal["random"] = "random"
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the draw."""
 
 
@@ -222,7 +248,7 @@ class RapidInConfig(_Method):
     """Checkpoints of the scorer's training, whose scores are added up as in TracIn; none is the scorer alone."""
     learning_rates: tuple[float, ...] = ()
     """Learning rate at each checkpoint, the weight of its scores; none weighs all by 1."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of shuffles and signs."""
 
     @model_validator(mode="after")
@@ -249,7 +275,7 @@ class ZoInfConfig(_Method):
     """Cosine instead of the product; it stands for rapidin's layer_normalize."""
     calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
     """Of the compressed gradients, as of RISE's signatures; any but none is compared by the cosine."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of directions, shuffles and signs."""
 
 
@@ -270,7 +296,7 @@ class LoGraConfig(_Method):
     """Cosine instead of the product."""
     calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
     """Of the features, as of RISE's signatures; any but none is compared by the cosine."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the projections."""
 
 
@@ -299,7 +325,7 @@ class TrackStarConfig(_Method):
     """Added to every eigenvalue, as a share of their mean."""
     calibration: str = Field("none", pattern=CALIBRATION_PATTERN)
     """Of the gradients, as of RISE's signatures; goes with unit_normalize."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the projections."""
 
     @model_validator(mode="after")
@@ -326,8 +352,39 @@ class EkfacConfig(_Method):
     """Documents of a batch."""
     query_batch_size: int = Field(8, ge=1)
     """Queries of a batch; each batch takes a pass over the pool and keeps its gradients whole in memory."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the labels that are drawn for the Fisher matrix."""
+
+
+class _ShapleyConfig(_Method):
+    """What both Shapley methods have: permutations of the pool, a step of SGD a player (Table 18)."""
+
+    reads_scorer = True
+    permutations: int = Field(32, ge=1, le=1 << 20)
+    """Permutations whose marginals are averaged."""
+    trained: Literal["head", "all"] = "head"
+    """head: the LM head alone, in closed form on hidden states that are read once; of a query with a prompt the
+    completion counts. all: all parameters; every token counts."""
+    learning_rate: float = Field(0.001, gt=0)
+    """η, size of a step on the mean loss of a document's tokens."""
+    chunk: int = Field(1, ge=1)
+    """Documents, drawn at random, that are a player together: one step, one marginal, which they share alike."""
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Seed of chunks and permutations."""
+
+
+class TmcShapleyConfig(_ShapleyConfig):
+    """TMC-Shapley: Monte Carlo Shapley values of one pass of SGD, permutations truncated (Table 18)."""
+
+    method: Literal["tmc-shapley"] = "tmc-shapley"
+    tolerance: float = Field(0.05, ge=0, lt=1)
+    """A permutation ends where the gain is this share of the full set's away from it; 0 never ends one early."""
+
+
+class GShapleyConfig(_ShapleyConfig):
+    """G-Shapley: Monte Carlo Shapley values of one pass of SGD, every permutation to its end (Table 18)."""
+
+    method: Literal["g-shapley"] = "g-shapley"
 
 
 class RiseConfig(_Method):
@@ -350,7 +407,8 @@ class RiseConfig(_Method):
 
 MethodConfig = Annotated[
     RandomConfig | LengthConfig | PerplexityConfig | Bm25Config | EmbeddingConfig | HiddenConfig
-    | LmHeadConfig | RapidInConfig | ZoInfConfig | LoGraConfig | TrackStarConfig | EkfacConfig | RiseConfig,
+    | LmHeadConfig | RapidInConfig | ZoInfConfig | LoGraConfig | TrackStarConfig | EkfacConfig
+    | TmcShapleyConfig | GShapleyConfig | RiseConfig,
     Field(discriminator="method"),
 ]
 """Any method; the key ``method`` says which."""
@@ -358,6 +416,6 @@ METHODS: dict[str, type[Any]] = {
     "rise": RiseConfig, "random": RandomConfig, "length": LengthConfig, "perplexity": PerplexityConfig,
     "bm25": Bm25Config, "embedding": EmbeddingConfig, "hidden": HiddenConfig, "lm-head": LmHeadConfig,
     "rapidin": RapidInConfig, "zo-inf": ZoInfConfig, "logra": LoGraConfig,
-    "trackstar": TrackStarConfig, "ek-fac": EkfacConfig,
+    "trackstar": TrackStarConfig, "ek-fac": EkfacConfig, "tmc-shapley": TmcShapleyConfig, "g-shapley": GShapleyConfig,
 }  # fmt: skip
 """Every method by the name that ``--method`` takes."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common.errors import InputError
-from tasks.common.files import read_json, sha256_json
+from tasks.common.files import intact, read_json, sha256_json
 from tasks.scoring import calibration, index, store
 from tasks.scoring.build import IndexSpec
 from tasks.scoring.config import FitConfig, IndexType
@@ -43,7 +43,7 @@ def convert_index(source: Index, out: Path, *, stored: IndexType, fit: FitConfig
     index.begin(out, _identity(source, stored, fit))
     fitted = None
     if fit is not None:
-        if not (out / index.CALIBRATION).exists():
+        if not intact(out / index.CALIBRATION):
             places = sample(source.doc_ids, fit.documents, fit.seed)
             blocks = [source.signatures(places)] if fit.base == calibration.MEDIAN_BIT else source.blocks(_ROWS)
             index.write_calibration(out, calibration.fit(fit.base, blocks))

@@ -30,22 +30,25 @@ class Pass:
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a batch's documents that predict a next token, one document after the other."""
+    """The positions of a batch's documents that count, each predicting a next token, one document after the other."""
 
     h_Td: torch.Tensor
     """Final hidden states, where the head lies."""
     label_T: torch.Tensor
     """The tokens that follow."""
     lengths: list[int]
-    """Positions of each document: its tokens less one."""
+    """Positions of each document: its tokens less one, and less those before its start."""
 
 
 def read_positions(readout: Readout, documents: Tokenized, batch: range) -> Positions:
     """Run one batch of documents up to the head."""
     ids_BT, device = padded(documents, batch), readout.head.weight.device
-    lengths = [tokens - 1 for tokens in documents.lengths(batch)]
     hidden = readout.hidden(ids_BT)
-    real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor(lengths).unsqueeze(1)
+    start_B1 = torch.from_numpy(documents.starts[batch.start : batch.stop]).unsqueeze(1)
+    end_B1 = torch.tensor(documents.lengths(batch)).unsqueeze(1) - 1
+    place_T = torch.arange(ids_BT.shape[1] - 1)
+    real_BT = (start_B1 <= place_T) & (place_T < end_B1)
+    lengths = real_BT.sum(1).tolist()
     return Positions(hidden[:, :-1][real_BT.to(hidden.device)].to(device), ids_BT[:, 1:][real_BT].to(device), lengths)
 
 
@@ -62,7 +65,8 @@ def forward(
 ) -> Pass:
     """Run the documents of a shard through the model once.
 
-    Position t of a document predicts its token t + 1, so a document of n tokens has n − 1 positions.
+    Position t of a document predicts its token t + 1, so a document of n tokens has n − 1 positions. Those that count
+    make its signature and its loss: all, or those of the completion where there is a prompt.
 
     Args:
         readout: the model.

@@ -17,13 +17,13 @@ from pydantic import model_validator
 
 from tasks.common.config import Config
 from tasks.common.errors import InputError
-from tasks.common.files import canonical_json, read_json, sha256_json, whole_file, write_json
+from tasks.common.files import canonical_json, intact, read_json, sha256_json, whole_file, write_json
 from tasks.common.models import locate, torch_dtype
 from tasks.common.progress import Report
 from tasks.pool.documents import content_id, read_documents, write_documents
 from tasks.pool.intake import DOCUMENTS, KEPT, read_texts
 from tasks.scoring import index
-from tasks.scoring.build import VERSION, append_index, build_index, query_index
+from tasks.scoring.build import APPEND, VERSION, append_index, build_index, query_index
 from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
 from tasks.scoring.index import Index
 from tasks.scoring.search import Scores, score
@@ -114,7 +114,7 @@ def grow(
     if not place.begun.exists():
         write_json(place.begun, {"runs": len(intakes), "model": scorer.model, "revision": scorer.revision,
                                  "batch_tokens": scorer.batch_tokens, "shard_tokens": scorer.shard_tokens,
-                                 "signature": signature.plain()})  # fmt: skip
+                                 "signature": signature.plain()}, checked=True)  # fmt: skip
     begun = read_json(place.begun)
     # The plan of an unfinished build or append must not move under it.
     planned = scorer.model_copy(update={name: begun[name] for name in ("batch_tokens", "shard_tokens")})
@@ -126,18 +126,18 @@ def grow(
             _join(intakes[:first], documents)
         build_index(documents, place.index, planned, signature.sketch, stored=signature.stored, fit=signature.fit,
                     label="scoring", report=report)  # fmt: skip
-        if first > 1:
-            documents.unlink()
+    place.index.with_suffix(".documents.parquet").unlink(missing_ok=True)
     for run in range(first, len(intakes)):
         if counts[run] and len(Index(place.index)) < sum(counts[: run + 1]):
             append_index(intakes[run] / DOCUMENTS, place.index, planned, label="scoring", report=report)
     for run, intake in enumerate(intakes, 1):
-        if not place.tokens(run).exists():
-            _write(place.tokens(run), _lengths(scorer, intake / DOCUMENTS))
+        if not intact(place.tokens(run)):
+            _write(place.tokens(run), _lengths(scorer, intake / DOCUMENTS), noted=True)
     whole = Index(place.index)
     if len(whole) != sum(counts):
         raise InputError(f"holds {len(whole)} documents, and the runs took in {sum(counts)}; restore it from a copy, "
                          "or remove it to score them again", file=place.index)  # fmt: skip
+    (place.index / APPEND).unlink(missing_ok=True)  # of an append that was killed when the index was whole
     return {"documents": len(whole), "tokens": sum(batch["tokens"] for batch in whole.manifest["batches"])}
 
 
@@ -153,10 +153,10 @@ def _join(intakes: Sequence[Path], out: Path) -> None:
     _write(out, pa.concat_tables(read_texts(intakes, KEPT)))
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write(path: Path, table: pa.Table, *, noted: bool = False) -> None:
     import pyarrow.parquet as pq
 
-    with whole_file(path) as part:
+    with whole_file(path, noted=noted) as part:
         pq.write_table(table, part, compression="zstd")
 
 
@@ -198,12 +198,12 @@ def search_for(place: Place, scorer: ScorerConfig, queries: QuerySet) -> Scores:
     from tasks.scoring.calibration import empty
 
     whole, out = Index(place.index), place.queries(queries.digest)
-    if not (out / index.MANIFEST).exists():
+    documents = out.with_suffix(".documents.parquet")
+    if not _sound(out):
         shutil.rmtree(out, ignore_errors=True)  # an unfinished one may be of another plan of shards; seconds
-        documents = out.with_suffix(".documents.parquet")
         write_documents(documents, queries.table)
         query_index(whole, documents, out, model=None if scorer.revision else scorer.model)
-        documents.unlink()
+    documents.unlink(missing_ok=True)
     asked = Index(out)
     if all(bool(empty(block).all()) for block in asked.blocks()):
         raise InputError("every query is a single token, so nothing in it is predicted; give more text",
@@ -212,6 +212,15 @@ def search_for(place: Place, scorer: ScorerConfig, queries: QuerySet) -> Scores:
     if not np.isfinite(found.mean).all():
         raise InputError("gives scores that are no numbers; check the model", file=scorer.model)
     return found
+
+
+def _sound(directory: Path) -> bool:
+    """Whether an index is whole and as it was written."""
+    try:
+        index.verify(directory)
+    except InputError:
+        return False
+    return True
 
 
 def best_query(scores: Scores, places: Sequence[int]) -> list[str]:

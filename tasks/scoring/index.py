@@ -56,7 +56,7 @@ def begin(directory: Path, identity: Mapping[str, Any]) -> None:
                     file=directory,
                 )
         return
-    write_json(plan, wanted)
+    write_json(plan, wanted, checked=True)
 
 
 def _short(value: Any) -> str:
@@ -65,8 +65,13 @@ def _short(value: Any) -> str:
 
 
 def shard_done(directory: Path, number: int) -> bool:
-    """Whether a shard is whole."""
-    return (directory / "shards" / f"{number:05d}.json").exists()
+    """Whether a shard is whole: a file of it that is missing or has changed makes it none."""
+    folder = directory / "shards"
+    try:
+        files = read_json(folder / f"{number:05d}.json")["sha256"]
+        return all(sha256_file(folder / name) == sha256 for name, sha256 in files.items())
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def remove_shards(directory: Path, first: int) -> None:
@@ -100,18 +105,18 @@ def write_shard(
              "sha256": {file: sha256_file(folder / file) for file in files}}  # fmt: skip
     if encoded.empty:
         entry["empty"] = encoded.empty
-    write_json(folder / f"{name}.json", entry)
+    write_json(folder / f"{name}.json", entry, checked=True)
 
 
 def write_calibration(directory: Path, fitted: calibration.Fitted) -> None:
     """Keep what a calibration learned."""
-    with whole_file(directory / CALIBRATION) as part, part.open("wb") as file:
+    with whole_file(directory / CALIBRATION, noted=True) as part, part.open("wb") as file:
         np.save(file, calibration.center(fitted), allow_pickle=False)
 
 
 def write_reference(directory: Path, reference: NDArray[Any]) -> None:
     """Keep what spreads are taken over."""
-    with whole_file(directory / REFERENCE) as part, part.open("wb") as file:
+    with whole_file(directory / REFERENCE, noted=True) as part, part.open("wb") as file:
         np.save(file, reference, allow_pickle=False)
 
 
@@ -127,7 +132,7 @@ def add_spread(directory: Path, number: int, spread_N: NDArray[np.float32]) -> N
         np.save(file, spread_N, allow_pickle=False)
     entry = read_json(folder / f"{name}.json")
     entry["sha256"][f"{name}.spread.npy"] = sha256_file(folder / f"{name}.spread.npy")
-    write_json(folder / f"{name}.json", entry)
+    write_json(folder / f"{name}.json", entry, checked=True)
 
 
 def read_calibration(directory: Path, name: str) -> calibration.Fitted:
@@ -151,10 +156,7 @@ def finish(directory: Path, batch: int, shard_count: int, *, made_of: Mapping[st
         made_of: what is noted of the batch (``data``: SHA-256 of its file) and of the scorer (``scorer``).
     """
     plan = read_json(directory / PLAN)
-    try:
-        before = read_json(directory / MANIFEST)
-    except FileNotFoundError:
-        before = {}
+    before = Index(directory).manifest if (directory / MANIFEST).exists() else {}
     batches = before.get("batches", [])
     first = sum(entry["shards"] for entry in batches[:batch])
     shards = [read_json(directory / "shards" / f"{number:05d}.json") for number in range(first, first + shard_count)]

@@ -24,6 +24,7 @@ from tasks.scoring.config import (
     EkfacConfig,
     EmbeddingConfig,
     FitConfig,
+    GShapleyConfig,
     HiddenConfig,
     IndexType,
     LengthConfig,
@@ -36,6 +37,7 @@ from tasks.scoring.config import (
     RiseConfig,
     ScorerConfig,
     SketchConfig,
+    TmcShapleyConfig,
     TrackStarConfig,
     ZoInfConfig,
 )
@@ -183,6 +185,10 @@ def score_pool(config: MethodConfig, request: Request) -> Scores:
             from tasks.scoring.rivals.ekfac import ekfac_scores
 
             return _with_queries(*ekfac_scores(config, request))
+        case TmcShapleyConfig() | GShapleyConfig():
+            from tasks.scoring.rivals.shapley import shapley_scores
+
+            return _with_queries(*shapley_scores(config, request))
 
 
 def _as_type(pool: Index, config: RiseConfig, work: Path) -> Index:

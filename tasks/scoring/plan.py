@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from tasks.common.models import Located, load_tokenizer
-from tasks.scoring.batching import Tokenized, batches, shards, tokenize
+from tasks.scoring.batching import Tokenized, batches, read_columns, shards, tokenize
 from tasks.scoring.config import FitConfig, ScorerConfig
 
 PIECE = 256
@@ -49,8 +47,8 @@ class Batch:
 
 def read_batch(located: Located, documents: Path, scorer: ScorerConfig, fit: FitConfig | None) -> Batch:
     """Read, tokenize and cut; with ``fit``, the documents whose hashed texts come first make up the first shards."""
-    doc_ids, texts = (pq.read_table(documents, columns=[name]).column(0).to_pylist() for name in ("doc_id", "text"))
-    tokenized = tokenize(load_tokenizer(located), doc_ids, texts, scorer.max_length)
+    doc_ids, texts, prompts = read_columns(documents)
+    tokenized = tokenize(load_tokenizer(located), doc_ids, texts, scorer.max_length, prompts)
     groups = [tokenized]
     if fit is not None:
         drawn = heapq.nsmallest(fit.documents, ((hashlib.sha256(f"{fit.seed}/{text}".encode()).digest(), doc_id)
@@ -63,7 +61,8 @@ def read_batch(located: Located, documents: Path, scorer: ScorerConfig, fit: Fit
 
 
 def _taken(documents: Tokenized, places: list[int]) -> Tokenized:
-    return Tokenized.of([documents.doc_ids[place] for place in places], [documents.ids(place) for place in places])
+    return Tokenized.of([documents.doc_ids[place] for place in places], [documents.ids(place) for place in places],
+                        [int(documents.starts[place]) for place in places])  # fmt: skip
 
 
 def pieces(documents: Tokenized, places: range, batch_tokens: int) -> Iterator[range]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from tasks.common.errors import InputError
 from tasks.scoring import calibration
 from tasks.scoring.bits import Agreement, pack, planes
 from tasks.scoring.calibration import Fitted, MedianBit, Signatures
-from tasks.scoring.config import SPREAD, FitConfig, SketchConfig, check_type
+from tasks.scoring.config import CALIBRATION_PATTERN, SPREAD, FitConfig, SketchConfig, check_type
 from tasks.scoring.index import Index, Shard
 from tasks.scoring.spread import REFERENCE, Spread, sample
 
@@ -102,6 +103,9 @@ def fitted_for(pool: Index, calibrated: str) -> Fitted:
     Raises:
         InputError: it does not go with the index's type.
     """
+    if not re.fullmatch(CALIBRATION_PATTERN, calibrated):
+        raise InputError(f"there is no calibration {calibrated!r}; there are none, center, power:P and median-bit, "
+                         "each also with +spread")  # fmt: skip
     try:
         check_type(pool.stored, calibrated)
     except ValueError as error:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.common.files import intact
 from tasks.scoring import index
 from tasks.scoring.bits import Agreement, Codes, pack
 from tasks.scoring.calibration import Fitted, Signatures
@@ -71,7 +72,7 @@ def write_spreads(directory: Path, numbers: Iterable[int], stored: IndexType, di
     """
     shards = [index.written_shard(directory, number, stored, dimension) for number in numbers]
     fitted = index.read_calibration(directory, fit.name)
-    if not (directory / index.REFERENCE).exists():
+    if not intact(directory / index.REFERENCE):
         index.write_reference(directory, _reference(shards, fitted, fit.seed))
     reference = np.load(directory / index.REFERENCE, allow_pickle=False)
     bits = stored == "bit"

@@ -13,6 +13,7 @@ from tasks.common.models import locate, torch_dtype
 from tasks.common.stage import Ref, run_stage
 from tasks.common.usage import kept_bytes, measured
 from tasks.face import reporter, settle
+from tasks.pool.facts import EVIDENCE
 from tasks.scoring import build, methods, store
 from tasks.scoring.config import (
     SPREAD,
@@ -27,8 +28,9 @@ from tasks.scoring.config import (
     SketchConfig,
 )
 from tasks.scoring.methods import Request, read_out, score_pool, sketch_name, token_counts, write_scores
+from tasks.scoring.ranks import RANKS, write_ranks
 
-EXECUTION = {"processes", "threads", "device_map", "model", "revision"}
+EXECUTION = {"processes", "ray", "threads", "device_map", "model", "revision"}
 """Fields of the scorer that stay out of a key: they do not change a score, or the model's digest says it better."""
 
 
@@ -104,8 +106,12 @@ def score(
         usage.queries = len(scores.query_ids) or None
         usage.bytes_a_document = _bytes_a_document(method, out, len(scores.doc_ids))
         usage.write(out)
-        per_query = out / "per_query.parquet" if scores.per_query is not None else None
-        write_scores(scores, out / "scores.parquet", per_query=per_query)
+        evidence = pool.dir / EVIDENCE
+        # A pool that says what its queries are to find asks for no more than that: all pairs may be billions.
+        whole = scores.per_query is not None and not evidence.is_file()
+        write_scores(scores, out / "scores.parquet", per_query=out / "per_query.parquet" if whole else None)
+        if evidence.is_file():
+            write_ranks(scores, evidence, out / RANKS)
         return len(scores.doc_ids)
 
     return settle(run_stage(

@@ -28,7 +28,7 @@ class SelectionConfig(Config):
     """Mass of the percentile intervals, above 0 and below 1."""
     purity_at: tuple[Amount, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)
     """Where purity is taken beside the selection itself: shares of the pool below 1, numbers of documents from 1 on."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the bootstrap, and of the oracle's draw among the positive documents."""
 
     @model_validator(mode="before")

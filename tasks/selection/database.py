@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,14 +36,29 @@ def connect(
 
     try:
         con = duckdb.connect(path, read_only=read_only, config={"threads": 1})
-    except duckdb.IOException as error:
-        if "lock" in str(error):
+    except duckdb.Error as error:
+        if "Could not set lock" in str(error):
             raise InputError("another process holds the ledger; close it and try again", file=path) from None
+        _refuse_disk(error, path)
         raise InputError(f"is not {what}: DuckDB cannot read it{way_out}", file=path) from None
     try:
         yield con
+    except duckdb.Error as error:
+        _refuse_disk(error, path)
+        if isinstance(error, duckdb.ProgrammingError) and not isinstance(error, duckdb.InvalidInputException):
+            raise  # the query is at fault
+        raise InputError(f"is damaged, or what it is made of is: {str(error).splitlines()[0]}{way_out}",
+                         file=path) from None  # fmt: skip
     finally:
         con.close()
+
+
+def _refuse_disk(error: duckdb.Error, path: Path) -> None:
+    """Raise an InputError where the disk is at fault."""
+    for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EFBIG):
+        if os.strerror(code) in str(error):
+            raise InputError(f"cannot be written ({os.strerror(code)}); what is whole is kept, the same command goes "
+                             "on", file=path) from error  # fmt: skip
 
 
 @contextmanager

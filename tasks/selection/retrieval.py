@@ -38,7 +38,7 @@ class RetrievalConfig(Config):
     and for the curves of the mean ranking."""
     confidence: float = Field(0.95, gt=0, lt=1)
     """Mass of the percentile intervals."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the bootstrap."""
 
 

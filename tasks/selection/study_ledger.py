@@ -178,17 +178,28 @@ def _insert_judged(con: duckdb.DuckDBPyConnection, one: Judged, confidence: floa
         "FROM read_parquet(?)",
         [*what, confidence, file],
     )
-    scored = read_usage(one.scored)
+    con.execute("INSERT INTO costs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [*what, *cost_of(one.scored, one.readout).values()])  # fmt: skip
+
+
+def cost_of(directory: Path, readout: Path | None) -> dict[str, Any]:
+    """What a scored pool took, as ``costs`` has it: bytes a document, seconds to build, whether a readout was shared,
+    peak memory, seconds a query.
+
+    Args:
+        directory: where it was scored.
+        readout: where the forward pass is that it was scored from, if it was.
+    """
+    scored = read_usage(directory)
     search = scored.search_seconds
-    query_seconds = search / scored.queries if search is not None and scored.queries else None
     build, peaks = scored.seconds - (search or 0.0), [scored.peak_mib]
-    if one.readout is not None:
-        shared = read_usage(one.readout)
+    if readout is not None:
+        shared = read_usage(readout)
         build, peaks = build + shared.seconds, [*peaks, shared.peak_mib]
     known = [peak for peak in peaks if peak is not None]
-    con.execute("INSERT INTO costs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [*what, scored.bytes_a_document, build, one.readout is not None, max(known, default=None),
-                 query_seconds])  # fmt: skip
+    return {"bytes_a_document": scored.bytes_a_document, "build_seconds": build, "shared": readout is not None,
+            "peak_mib": max(known, default=None),
+            "query_seconds": search / scored.queries if search is not None and scored.queries else None}  # fmt: skip
 
 
 def _insert_choice(con: duckdb.DuckDBPyConnection, placed: Sequence[Placed]) -> None:

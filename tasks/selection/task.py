@@ -16,6 +16,9 @@ from tasks.selection.retrieval import retrieve as retrieve_metrics
 from tasks.selection.select import VERSION
 from tasks.selection.select import oracle as select_oracle
 from tasks.selection.select import select as select_top
+from tasks.selection.tracing import VERSION as TRACING_VERSION
+from tasks.selection.tracing import TracingConfig
+from tasks.selection.tracing import trace as trace_evidence
 
 
 @task(name="select", task_run_name="select {arm}")
@@ -48,6 +51,16 @@ def retrieve(
         Path(directory), stage="selection", method=arm, version=RETRIEVAL_VERSION, config=config.plain(),
         inputs={"pool": pool.digest, "scores": scores.digest}, refresh=refresh,
         work=lambda out: retrieve_metrics(config, pool.dir, scores.dir, out),
+    ))  # fmt: skip
+
+
+@task(name="trace", task_run_name="trace {arm}")
+def trace(config: TracingConfig, pool: Ref, scores: Ref, directory: str, *, arm: str, refresh: bool = False) -> Any:
+    """How early the evidence of every fact stands."""
+    return settle(run_stage(
+        Path(directory), stage="selection", method=arm, version=TRACING_VERSION, config=config.plain(),
+        inputs={"pool": pool.digest, "scores": scores.digest}, refresh=refresh,
+        work=lambda out: trace_evidence(config, pool.dir, scores.dir, out),
     ))  # fmt: skip
 
 

@@ -189,6 +189,11 @@ def test_again_recomputes_nothing_and_a_report_that_is_gone_comes_back(
     assert {path: path.stat().st_mtime_ns for path in copy.glob("*/**/manifest.json")} == before
     assert (copy / "report.html").is_file()
     assert read_json(copy / "manifest.json")["digest"] == read_json(whole_study / "manifest.json")["digest"]
+    report = (copy / "report.html").read_bytes()
+    (copy / "report.html").unlink()
+    assert rise("report", copy).stdout == f"{copy / 'report.html'}\n"
+    assert rise("report", copy, "--out", copy / "other.html").returncode == 0
+    assert (copy / "report.html").read_bytes() == (copy / "other.html").read_bytes() == report
     status = rise("status", copy)
     assert "pool/howdy-dev" in status.stdout
     assert "scoring/recall.howdy-dev.rise@2" in status.stdout

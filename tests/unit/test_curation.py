@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from flows import curation as flow
+from flows import plan as planning
+from flows.cli import rise
 from flows.curation_config import load
 from flows.rundir import claimed
+from flows.status import status_lines
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, sha256_file
 from tasks.pool.duplicates import DuplicateIndex
 from tasks.pool.intake import DOCUMENTS, DROPPED, IntakeConfig, look, take_in
+from tasks.reporting.curation import runs_png
+from tasks.reporting.run import report_run
 from tasks.scoring import engine
 from tasks.scoring.index import Index
+from tasks.scoring.spread import Spread
+from tasks.scoring.store import bytes_a_document
 from tasks.selection.budget import BudgetConfig, choose
 from tasks.selection.curation_ledger import LEDGER, LedgerSeen, curation_digest, open_curation
 from tasks.selection.drift import drift, psi
@@ -93,8 +102,7 @@ def curate(monkeypatch: pytest.MonkeyPatch, conf: Path) -> Curate:
         monkeypatch.setattr(flow, name, plain(getattr(flow, name)))
     monkeypatch.setattr(flow, "reporter", lambda what: None)
     monkeypatch.setattr(flow, "get_run_logger", lambda: logging.getLogger("curation"))
-    for name in ("create_markdown_artifact", "create_table_artifact"):
-        monkeypatch.setattr(flow, name, lambda *_, **__: None)
+    monkeypatch.setattr(flow, "_show", lambda *_: None)  # tests/flow has it
 
     def run(out: Path, *settings: str) -> dict[str, Any]:
         config = load(conf, settings)
@@ -307,6 +315,90 @@ def test_another_model_begins_another_index(
     curate(out)  # the old index still stands, and takes the new documents alone
     assert sum(passes) == 5
     assert ask(out, "SELECT run, scored_documents FROM runs ORDER BY run") == [(1, 36), (2, 8), (3, 44), (4, 5)]
+
+
+def test_a_spread_is_that_of_the_first_runs_documents(conf: Path, curate: Curate, tmp_path: Path) -> None:
+    out, compact = tmp_path / "out", ("signature.fit.name=median-bit+spread", "signature.sketch.alpha=1.0")
+    curate(out, *compact)
+    [index] = [path for path in (out / "indexes").iterdir() if path.is_dir()]
+    first = {path.name: sha256_file(path) for path in index.glob("**/*.npy")}
+    assert {"calibration.npy", "reference.npy", "00000.spread.npy"} <= set(first)
+    arrive(conf)
+    curate(out, *compact)
+    second = {path.name: sha256_file(path) for path in index.glob("**/*.npy")}
+    assert {name: second[name] for name in first} == first
+    added = [shard for shard in Index(index).shards if f"{shard.number:05d}.spread.npy" not in first]
+    assert added
+    spread = Spread(np.load(index / "reference.npy"), dimension=Index(index).dimension)
+    for shard in added:
+        assert np.array_equal(shard.spread(slice(None)), spread(shard.arrays()["signatures"]))
+    for run, held in ((1, 36), (2, 8)):
+        assert ask(out, f"SELECT count(*) FROM scores WHERE run = {run}") == [(held,)]
+
+
+def test_runs_are_drawn_side_by_side(conf: Path, curate: Curate, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    curate(out)
+    names = ["_hidden", "$x$", "\x01", *"abcdefghi"]
+    jsonl(conf.parent / "inbox" / "odd.jsonl", [{"text": text, "source": name, "label": "control"}
+                                                for text, name in zip(texts(12, 11), names, strict=True)])
+    curate(out)
+    results = [read_json(out / "runs" / run / "result" / "result.json") for run in ("0001", "0002")]
+    one, two = runs_png(results[:1]), runs_png(results)
+    assert one.startswith(b"\x89PNG")
+    assert two == runs_png(results) != one
+    for result in results:
+        result["labels"] = {}
+    width = [int.from_bytes(png[16:20], "big") for png in (two, runs_png(results))]
+    assert width == [1012, 1012]
+    assert len(runs_png(results)) < len(two) < 60_000  # without the panel of the purity
+
+
+def test_status_says_what_is_missing(curate: Curate, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    curate(out, "scorer.shard_tokens=100")
+    assert "index" in status_lines(out)[-1]
+    assert status_lines(out)[-1].endswith("  whole, 36 documents")
+    [index] = [path for path in (out / "indexes").iterdir() if path.is_dir()]
+    for path in (index / "manifest.json", out / "runs" / "0001" / "run.json"):
+        path.unlink()
+    shards = sorted((index / "shards").glob("*.json"))
+    assert len(shards) > 3
+    shards.pop().unlink()
+    entries = [read_json(shard) for shard in shards]
+    for number, shard in enumerate(shards):
+        os.utime(shard, (1000.0 + 10 * number,) * 2)
+    held, tokens = sum(entry["documents"] for entry in entries), [entry["tokens"] for entry in entries]
+    assert len(tokens) > 20  # the rate is that of the last 20
+    rate = sum(tokens[-19:]) / (10 * 19)
+    left = (36 - held) * sum(tokens) / held / rate
+    assert status_lines(out)[-1].endswith(f"  under way, {len(shards)} shards whole, {held} of 36 documents, "
+                                          f"{rate:.0f} tokens a second, about {left:.0f} s left")  # fmt: skip
+
+
+def test_a_run_is_planned(conf: Path, tmp_path: Path) -> None:
+    def planned(*options: str) -> list[list[str]]:
+        done = CliRunner().invoke(rise, ["plan", str(conf), "--gpu", "H100", *options])
+        if done.exception is not None:
+            raise done.exception
+        return [re.split(r"  +", line) for line in done.output.splitlines()]
+
+    lines = {line[0]: line[1:] for line in planned()}
+    assert "all 36 documents of 2 files, as the first run takes them" in lines
+    assert list(lines)[-6:-3] == ["take in", "score", "select"]
+    some = {line[0]: line[1:] for line in planned("--documents", "1000", "--tokens", "90")}
+    assert some["score"][0] == "90.0 k"
+    assert some["score"][-1] == planning._bytes(1000 * bytes_a_document("bit", 6 * (16 + 12)))
+    with pytest.raises(InputError, match="go together"):
+        planned("--documents", "5")
+    with pytest.raises(InputError, match="give --documents and --tokens"):
+        planned("--set", "intake.sources.inbox={dataset: some/set}")
+
+
+def test_a_curation_has_cards_in_place_of_a_report(curate: Curate, tmp_path: Path) -> None:
+    curate(tmp_path / "out")
+    with pytest.raises(InputError, match=r"selections/NNNN/card\.md"):
+        report_run(tmp_path / "out")
 
 
 def test_a_smaller_budget_publishes_a_version_beside(curate: Curate, passes: list[int], tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ def bm25_scores(documents: Sequence[str], queries: Sequence[str], *, k1: float, 
 
     retriever = bm25s.BM25(k1=k1, b=b, backend="numpy")
     tokens = bm25s.tokenize(list(documents), stopwords="en", show_progress=False)
+    if not tokens.vocab:  # numbers of one digit, stop words: no document has a word
+        return np.zeros((len(queries), len(documents)), dtype=np.float32)
     retriever.index(tokens, show_progress=False)
     words = bm25s.tokenize(list(queries), stopwords="en", return_ids=False, show_progress=False)
     known = retriever.vocab_dict

@@ -53,8 +53,8 @@ def read_tokens(file: Path) -> list[NDArray[np.int32]]:
 
 
 def run_child(
-    module: str, given: dict[str, Any], log: Path, *, label: str, documents: int, threads: int | None = None,
-    report: Report | None = None,
+    module: str, given: dict[str, Any], log: Path, *, label: str, documents: int, unit: str = "documents",
+    threads: int | None = None, report: Report | None = None,
 ) -> None:  # fmt: skip
     """Run ``python -m MODULE``, whose main part is :func:`serve`, and wait for it; it ends when this process does.
 
@@ -64,6 +64,7 @@ def run_child(
         log: file for what the library writes; it is removed when all went well.
         label: what is being done, in a word or two.
         documents: how many it will go through, all passes together.
+        unit: what is counted, where it is not documents.
         threads: CPU threads; None leaves the library's choice.
         report: told the share done.
 
@@ -83,7 +84,7 @@ def run_child(
         write_json(spec, {"given": given, "failure": str(failure)})
         with (
             log.open("a", buffering=1) as messages,
-            Progress(label, documents, "documents", report=report) as progress,
+            Progress(label, documents, unit, report=report) as progress,
             # A group of its own: it ends as one, with the processes that the library may start.
             subprocess.Popen([sys.executable, "-m", module, str(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=messages, text=True, env=environment, start_new_session=True) as process,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.common.errors import InputError
 from tasks.common.files import sha256_json
 from tasks.common.models import locate
 from tasks.common.progress import Report
@@ -38,7 +39,12 @@ def embedding_scores(
     def encoder() -> Any:
         from sentence_transformers import SentenceTransformer
 
-        return SentenceTransformer(str(located.path), trust_remote_code=False)
+        try:
+            return SentenceTransformer(str(located.path), trust_remote_code=False,
+                                       model_kwargs={"use_safetensors": True})  # fmt: skip
+        except Exception as error:  # its modules are classes that the model names; each raises its own
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(f"is no sentence-transformers model that loads ({first})", file=located.spec) from None
 
     def embed(texts: list[str], side: str) -> tuple[list[int], list[NDArray[Any]]]:
         # Longest first, as the encoder itself would sort them: a batch holds texts of about one length.

@@ -100,8 +100,8 @@ def skeleton(located: Located) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(located.path, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         problem = str(error).strip().splitlines()
         raise InputError(f"is no causal language model ({problem[0] if problem else type(error).__name__})",
                          file=located.spec) from None  # fmt: skip

@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from tasks.common.errors import InputError
 from tasks.common.models import load_causal_lm, load_tokenizer, locate, torch_dtype
-from tasks.scoring.batching import Tokenized, batches, padded, shards, tokenize
+from tasks.scoring.batching import Tokenized, batches, padded, read_columns, shards, tokenize
 from tasks.scoring.engine import Positions, read_positions
 from tasks.scoring.readout import Readout
 from tasks.scoring.rivals.similarity import Make, kept
@@ -35,8 +34,8 @@ class Reading:
         self.located = locate(scorer.model, revision=scorer.revision)
         tokenizer = load_tokenizer(self.located)
         self.pool, self.queries = (
-            tokenize(tokenizer, _column(file, "doc_id"), _column(file, "text"), scorer.max_length)
-            for file in (request.pool, request.queries)
+            tokenize(tokenizer, doc_ids, texts, scorer.max_length, prompts)
+            for doc_ids, texts, prompts in map(read_columns, (request.pool, request.queries))
         )
 
     @cached_property
@@ -77,11 +76,6 @@ class Reading:
                  "batch_tokens": scorer.batch_tokens, "shard_tokens": scorer.shard_tokens,
                  "documents": documents.digest(), **identity}  # fmt: skip
         return kept(directory, whole, plan, make, label=label, unit="tokens", report=self._report)
-
-
-def _column(documents: Path, name: str) -> list[str]:
-    values: list[str] = pq.read_table(documents, columns=[name]).column(0).to_pylist()
-    return values
 
 
 def require_memory(need: float, device: torch.device, what: str, way_out: str) -> None:

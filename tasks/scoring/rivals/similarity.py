@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.common.files import whole_file
+from tasks.common.files import intact, whole_file
 from tasks.common.progress import Progress, Report
 from tasks.scoring.calibration import MEDIAN_BIT, empty, fit
 from tasks.scoring.config import SPREAD, FitConfig
@@ -112,12 +112,12 @@ def kept(
     """
     begin(directory, identity)
     files = [directory / f"{number:05d}.npy" for number in range(len(plan))]
-    missing = [(file, places) for file, (places, _) in zip(files, plan, strict=True) if not file.exists()]
+    missing = [(file, *one) for file, one in zip(files, plan, strict=True) if not intact(file)]
     total = sum(amount for _, amount in plan)
-    done = sum(amount for file, (_, amount) in zip(files, plan, strict=True) if file.exists())
+    done = total - sum(amount for _, _, amount in missing)
     with Progress(label, total, unit, done=done, report=report) as progress:
-        for file, places in missing:
+        for file, places, _ in missing:
             made = make(places, progress.add)
-            with whole_file(file) as part, part.open("wb") as opened:
+            with whole_file(file, noted=True) as part, part.open("wb") as opened:
                 np.save(opened, made, allow_pickle=False)
     return [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
