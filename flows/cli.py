@@ -173,7 +173,8 @@ def _require_stages(refresh: tuple[str, ...], stages: tuple[str, ...]) -> None:
 def _quiet_prefect() -> None:
     """Keep Prefect's log out of the terminal; it goes to its server, where the UI shows it, or nowhere without one."""
     logging.raiseExceptions = False
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    for handler in ("CONSOLE", "DEBUG"):
+        os.environ.setdefault(f"PREFECT_LOGGING_HANDLERS_{handler}_LEVEL", "CRITICAL")
 
 
 def _take_recipe(context: click.Context, _: click.Parameter, recipe: str) -> None:

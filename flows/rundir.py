@@ -58,11 +58,18 @@ def _claim(file: Path, values: dict[str, Any]) -> None:
     if not file.exists():
         write_text(file, yaml.safe_dump(values, sort_keys=True, allow_unicode=True))
         return
-    begun = read_yaml(file)
-    if begun != values:
-        field, old, new = next(_differences(begun, values))
+    begun, wanted = _said(read_yaml(file)), _said(values)
+    if begun != wanted:
+        field, old, new = next(_differences(begun, wanted))
         raise InputError(f"the run in this directory was made with {old!r}, not {new!r}; choose another --out",
                          file=file, field=field)  # fmt: skip
+
+
+def _said(values: Any) -> Any:
+    """Values without the fields that are None: one that a later version has, and nobody sets, makes no other run."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _said(value) for key, value in values.items() if value is not None}
 
 
 def _differences(old: Any, new: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:

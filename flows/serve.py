@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -67,10 +68,33 @@ def serve(port: int, home: Path, database: str | None = None) -> None:
         programs.wait_for(f"http://{HOST}:{port}/api/health")
         programs.finish("pool", "work-pool", "create", POOL, "--type", "process", "--overwrite")
         programs.finish("deploy", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
-        programs.start("worker", "worker", "start", "--pool", POOL, "--name", f"rise-{socket.gethostname()}")
+        worker = f"rise-{socket.gethostname()}"
+        _close_runs(environment["PREFECT_API_URL"], worker)
+        programs.start("worker", "worker", "start", "--pool", POOL, "--name", worker)
         print(f"http://{HOST}:{port}", flush=True)
         print(f"serving the deployments of {DEPLOYMENTS.name}; Ctrl-C ends it, logs stand in {home}", file=sys.stderr)
         programs.watch()
+
+
+def _close_runs(api: str, worker: str) -> None:
+    """Tell the server that the runs of a worker that was killed are over: until their leases end, minutes later, each
+    would hold the one place that its deployment has.
+
+    No worker of this name is at work yet, so what is said to run under it does not.
+    """
+    under_way = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}}
+    for run in _ask(f"{api}/flow_runs/filter", under_way):
+        if (run["labels"] or {}).get("prefect.worker.name") == worker:
+            message = "rise serve was killed; what is whole is kept, and a retry or the next run goes on with it"
+            _ask(f"{api}/flow_runs/{run['id']}/set_state",
+                 {"state": {"type": "CRASHED", "name": "Crashed", "message": message}})  # fmt: skip
+
+
+def _ask(address: str, question: Any) -> Any:
+    """What the server answers."""
+    request = urllib.request.Request(address, json.dumps(question).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 def _answering(database: str) -> str:

@@ -153,6 +153,11 @@ def intact(path: Path) -> bool:
     return not noted.exists() or noted.read_bytes() == f"{sha256_file(path)}  {path.name}\n".encode()
 
 
+def forget(path: Path) -> None:
+    """Take the note of a file away, where something else tells from now on whether it is intact."""
+    _noted(path).unlink(missing_ok=True)
+
+
 def _noted(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 

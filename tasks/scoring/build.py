@@ -144,6 +144,8 @@ def build_indexes(
     batch = read_batch(located, documents, scorer, job.samples)
     for spec in job.specs:
         index.begin(spec.out, _identity(located, batch, scorer, spec, losses))
+        if (spec.out / index.MANIFEST).exists():
+            index.Index(spec.out).check_calibration()
     _make(job, located, batch, report)
     made_of = _made_of(located, scorer, documents, data)
     for spec in job.specs:

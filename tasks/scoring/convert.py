@@ -41,6 +41,8 @@ def convert_index(source: Index, out: Path, *, stored: IndexType, fit: FitConfig
         raise InputError("holds no signatures", file=source.directory)
     fit = IndexSpec(out, None, stored, fit).with_fit().fit
     index.begin(out, _identity(source, stored, fit))
+    if (out / index.MANIFEST).exists():
+        Index(out).check_calibration()
     fitted = None
     if fit is not None:
         if not intact(out / index.CALIBRATION):

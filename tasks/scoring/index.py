@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.common.errors import InputError
-from tasks.common.files import read_json, sha256_file, sha256_json, whole_file, write_json
+from tasks.common.files import forget, read_json, sha256_file, sha256_json, whole_file, write_json
 from tasks.scoring import calibration, store
 from tasks.scoring.config import SPREAD, IndexType, SketchConfig
 
@@ -169,6 +169,8 @@ def finish(directory: Path, batch: int, shard_count: int, *, made_of: Mapping[st
         manifest["calibration"] = {**plan["calibration"], "sha256": sha256_file(directory / CALIBRATION)}
         if (directory / REFERENCE).exists():
             manifest["calibration"]["reference"] = sha256_file(directory / REFERENCE)
+    for name in (CALIBRATION, REFERENCE):  # the manifest has their checksums from now on
+        forget(directory / name)
     write_json(directory / MANIFEST, {**manifest, "sha256": sha256_json(manifest)})
 
 

@@ -82,7 +82,7 @@ def unfinished(setting: Setting, tally: Tally) -> None:
     loop, left = setting.scenarios["closed loop"]
     state = setting.folder / "unfinished"
     shutil.copytree(left.directory, state)
-    opened = ("scoring/readout", "scoring/bits", "evaluation/bits")
+    opened = ("scoring/readout", "evaluation/bits")
     for name in opened:
         stage = (state / name).rename(state / f"{name}.partial")
         (stage / "manifest.json").unlink()
@@ -96,6 +96,7 @@ def unfinished(setting: Setting, tally: Tally) -> None:
     for name in opened:
         damaged(tally, setting, loop, left, state, f"{name}.partial", " unfinished")
     for name, (scenario, left), pattern, below in (
+        ("conversion", setting.scenarios["closed loop"], "scoring/bits.partial/index/calibration.npy", "scoring"),
         ("training", setting.scenarios["closed loop"], "pretraining/*.partial/checkpoint/*.safetensors", "pretraining"),
         ("append", setting.scenarios["curation"], "indexes/*/append.json", "indexes"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -69,6 +70,7 @@ def killed(scenario: Scenario, left: Alone, folder: Path, kills: int, moments: r
             problem = f"left behind: {', '.join(left_over)}"
         if problem is None and scenario.digests(directory) != left.digests:
             problem = "another digest"
+        print(f"{scenario.name}, run {trials}, {here} kills: {problem or 'survived'}", file=sys.stderr, flush=True)
         if problem is None:
             survived += here
         else:

@@ -20,6 +20,7 @@ from tasks.common.files import intact, locked, nothing_left, read_json, whole_fi
 from tasks.common.stage import Ref, run_stage
 from tasks.pool.documents import read_documents, write_documents
 from tasks.pretraining.checkpoint import Checkpoint
+from tasks.scoring import index as indexes
 from tasks.scoring.build import append_index, build_index
 from tasks.scoring.config import FitConfig, ScorerConfig, SketchConfig
 from tasks.selection.database import connect
@@ -184,7 +185,7 @@ def test_a_damaged_database_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[Path], None]]:
-    """A whole index of bits with spreads, and what builds it."""
+    """Where an index of bits with spreads stands, whole and unfinished, and what builds it."""
     folder = tmp_path_factory.mktemp("index")
     model = tiny_llama(folder / "model")
     world.arrive(folder, 0, documents=30)
@@ -196,8 +197,12 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[Pat
         build_index(folder / "pool.parquet", out, scorer, SketchConfig(**world.SIGNATURE), stored="bit",
                     fit=FitConfig(name="median-bit+spread", documents=10))  # fmt: skip
 
+    with pytest.MonkeyPatch.context() as killed:
+        killed.setattr(indexes, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(folder / "unfinished")
     build(folder / "whole")
-    return folder / "whole", build
+    return folder, build
 
 
 @pytest.mark.parametrize("file", ["shards/00001.signatures.npy", "shards/00001.documents.parquet",
@@ -206,23 +211,33 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[Pat
 def test_a_damaged_file_of_an_unfinished_index_is_made_again(
     index: tuple[Path, Callable[[Path], None]], tmp_path: Path, file: str
 ) -> None:
-    whole, build = index
-    out = Path(shutil.copytree(whole, tmp_path / "index"))
-    (out / "manifest.json").unlink()
+    folder, build = index
+    out = Path(shutil.copytree(folder / "unfinished", tmp_path / "index"))
     flip(out / file)
     build(out)
-    assert world.tree(out) == world.tree(whole)
+    assert world.tree(out) == world.tree(folder / "whole")
 
 
 def test_a_damaged_plan_of_an_index_is_named(index: tuple[Path, Callable[[Path], None]], tmp_path: Path) -> None:
-    out = Path(shutil.copytree(index[0], tmp_path / "index"))
+    out = Path(shutil.copytree(index[0] / "whole", tmp_path / "index"))
     plan = out / "plan.json"
     plan.write_text(plan.read_text().replace('"kr": 16', '"kr": 17'))
     world.arrive(tmp_path, 5, documents=3)
     write_documents(tmp_path / "more.parquet", read_documents(tmp_path / "0005.jsonl").table)
-    scorer = ScorerConfig(model=str(index[0].with_name("model")), precision="float32", max_length=96)
+    scorer = ScorerConfig(model=str(index[0] / "model"), precision="float32", max_length=96)
     with pytest.raises(InputError, match=f"^{plan}: is damaged"):
         append_index(tmp_path / "more.parquet", out, scorer)
+
+
+@pytest.mark.parametrize("file", ["calibration.npy", "reference.npy"])
+def test_building_a_whole_index_again_does_not_take_a_damaged_calibration_over(
+    index: tuple[Path, Callable[[Path], None]], tmp_path: Path, file: str
+) -> None:
+    folder, build = index
+    out = Path(shutil.copytree(folder / "whole", tmp_path / "index"))
+    flip(out / file)
+    with pytest.raises(InputError, match=f"^{out / file}: is damaged"):
+        build(out)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -146,7 +146,8 @@ def server(home: Path) -> Iterator[subprocess.Popen[bytes]]:
     os.environ |= {"PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
                    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
                    # as `rise` does before it imports Prefect, which here is imported already
-                   "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}  # fmt: skip
+                   "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+                   "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL"}  # fmt: skip
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],

@@ -118,11 +118,13 @@ def test_a_closed_loop_is_counted_stage_by_stage(demo: Path, models: Path) -> No
     readout = rows["scoring: RISE, perplexity"]
     assert readout.tokens == pytest.approx(1040 * length)
     speed = CPU.flops("float32")
-    assert readout.seconds == pytest.approx(shape.forward_flops(1040 * length, length) * SKETCHING / speed)
-    # Both arms are of one sketch, in fp16.
+    # The two arms of RISE are of two sketches: the paper's in fp16, and the compact one, whose bits are made from fp16.
+    sketching = 1 + 2 * (SKETCHING - 1)
+    assert readout.seconds == pytest.approx(shape.forward_flops(1040 * length, length) * sketching / speed)
     assert isinstance(config.arms["rise"], RiseConfig)
     assert isinstance(config.arms["perplexity"], PerplexityConfig)
-    assert readout.disk == 1040 * bytes_a_document("fp16", 24 * 256)
+    assert readout.disk == 1040 * (bytes_a_document("fp16", 24 * 256) + bytes_a_document("fp16", 16 * 504)
+                                   + bytes_a_document("bit", 16 * 504))  # fmt: skip
     trained = rows["pretraining: 8 arms"]
     assert trained.tokens == pytest.approx(8 * 100 * length)
     assert trained.disk == 8 * 4 * shape.parameters

@@ -217,7 +217,7 @@ def test_the_image_artifact_is_a_png_and_the_same_every_time(ledger: Path) -> No
 def write_run(directory: Path) -> dict[str, Any]:
     """The files of a finished run beside its ledger."""
     write_ledger(directory / "study.duckdb", **build_study(directory / "files"))
-    (directory / "config.yaml").write_text(yaml.safe_dump({"name": "demo", "title": "Brain Rot in small"}))
+    (directory / "config.yaml").write_text(yaml.safe_dump({"name": "demo", "title": "Brain Rot in small", "arms": {}}))
     note = {"metric": "ruler_cwe", "note": "50 of 50 prompts were cut"}
     for arm in ("base", "rise"):
         write_json(directory / "evaluation" / arm / "notes.json", [note])

@@ -340,7 +340,7 @@ def test_a_rival_that_reads_positions_reads_the_completions(tmp_path: Path) -> N
     assert np.abs(scored[True] - scored[False]).max() > 1e-4
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("facts", (100, 300, 600)), ("facts-trex", (20_000, 200_000, 1_000_000))])
+@pytest.mark.parametrize(("name", "sizes"), [("facts", (50, 100, 300)), ("facts-trex", (20_000, 200_000, 1_000_000))])
 def test_the_published_configurations_are_whole(name: str, sizes: tuple[int, ...]) -> None:
     from flows.facts_config import load
 
