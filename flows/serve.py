@@ -91,10 +91,20 @@ def _close_runs(api: str, worker: str) -> None:
 
 
 def _ask(address: str, question: Any) -> Any:
-    """What the server answers."""
+    """What the server answers; it is asked again while its database is busy.
+
+    Raises:
+        InputError: it does not answer.
+    """
     request = urllib.request.Request(address, json.dumps(question).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    for _ in range(60):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except (urllib.error.URLError, OSError) as error:
+            problem = str(error)
+            time.sleep(1)
+    raise InputError(f"the server at {address} does not answer ({problem})")
 
 
 def _answering(database: str) -> str:

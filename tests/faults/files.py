@@ -23,13 +23,13 @@ def run() -> dict[str, Any]:
 
 
 def kinds(directory: Path, below: str = "") -> dict[str, Path]:
-    """One file of each kind, by its place with arms, hashes and numbers left out."""
+    """The last file of each kind, by its place with arms, hashes and numbers left out."""
     found: dict[str, Path] = {}
     for path in sorted((directory / below).rglob("*")):
         if path.is_file() and path.name != ".lock" and path.stat().st_size:
             place = path.relative_to(directory).as_posix()
             kind = re.sub(r"\b([0-9a-f]{8,}|\d+)\b", "#", re.sub(r"^(\w+)/[\w-]+(\.partial)?/", r"\1/*\2/", place))
-            found.setdefault(kind, path)
+            found[kind] = path
     return found
 
 

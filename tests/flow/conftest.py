@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,8 +88,15 @@ class Served:
         """What the server's API answers: to GET, or to POST of some values."""
         data = None if values is None else json.dumps(values).encode()
         request = urllib.request.Request(self.api + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+        for _ in range(60):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    raise
+                time.sleep(1)  # SQLite was locked for too long on a busy machine; Prefect asks again, too
+        raise AssertionError(f"{path}: the server is busy for good")
 
     def begin(self, deployment: str, parameters: dict[str, Any]) -> str:
         """Have a deployment run; the id of the flow run."""
