@@ -71,6 +71,7 @@ def new_tables(path: Path, tables: Mapping[str, str]) -> Iterator[duckdb.DuckDBP
                 for table, columns in tables.items():
                     con.execute(f"CREATE TABLE {table} ({columns})")
                 yield con
+                con.execute("CHECKPOINT")  # closing would do it, too, but says nothing where the disk is full
         finally:
             part.with_name(part.name + ".wal").unlink(missing_ok=True)
 

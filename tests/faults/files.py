@@ -23,7 +23,7 @@ def run() -> dict[str, Any]:
 
 
 def kinds(directory: Path, below: str = "") -> dict[str, Path]:
-    """The last file of each kind, by its place with arms, hashes and numbers left out."""
+    """The last file of each kind (of selections the one that stands), by its place without arms, hashes and numbers."""
     found: dict[str, Path] = {}
     for path in sorted((directory / below).rglob("*")):
         if path.is_file() and path.name != ".lock" and path.stat().st_size:

@@ -5,6 +5,7 @@ What a fault brought to light once stands here as a test of its own.
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tasks.pretraining.checkpoint import Checkpoint
 from tasks.scoring import index as indexes
 from tasks.scoring.build import append_index, build_index
 from tasks.scoring.config import FitConfig, ScorerConfig, SketchConfig
-from tasks.selection.database import connect
+from tasks.selection.database import connect, new_tables
 from tests.faults import world
 from tests.tiny import tiny_llama
 from tests.unit.test_curation import Curate, arrive, conf, curate, models
@@ -171,7 +172,7 @@ def test_bad_input_leaves_a_held_directory_as_it_was(tmp_path: Path) -> None:
 def test_a_damaged_database_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "book.duckdb"
     with duckdb.connect(file) as con:
-        con.execute("CREATE TABLE t AS SELECT range AS x, repeat('x', 50) || range AS y FROM range(20000)")
+        con.execute("CREATE TABLE t AS SELECT range AS x, repeat('x', 50) || range AS y FROM range(50)")
     content = bytearray(file.read_bytes())
     for place in range(3 * 4096, len(content), 5000):
         content[place] ^= 255
@@ -281,3 +282,23 @@ def test_a_curation_puts_right_what_it_can_and_names_the_rest(conf: Path, curate
     curate(out)
     (conf.parent / "more.jsonl").rename(conf.parent / "inbox" / "more.jsonl")
     assert curate(out)["digest"] == second["digest"]
+
+
+def test_a_ledger_that_the_disk_has_no_room_for_is_not_there(tmp_path: Path) -> None:
+    file, tables = tmp_path / "book.duckdb", {"t": "x BIGINT, y VARCHAR"}
+
+    def write() -> None:
+        with new_tables(file, tables) as con:
+            con.execute("INSERT INTO t SELECT range, md5(range::VARCHAR) FROM range(50)")
+
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, most[1]))  # the log of the changes has room, the tables do not
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert list(tmp_path.iterdir()) == []
+    write()
+    with connect(file, read_only=True) as con:
+        assert con.execute("SELECT count(*) FROM t").fetchall() == [(50,)]
