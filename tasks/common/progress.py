@@ -40,13 +40,19 @@ class Progress:
         self._told = -1.0
 
     def __enter__(self) -> Progress:
-        self._tell()
+        try:
+            self._tell()
+        except BaseException:
+            self._bar.close()  # so that an error has a line of its own
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is None:
-            self._tell()
-        self._bar.close()
+        try:
+            if kind is None:
+                self._tell()
+        finally:
+            self._bar.close()
 
     def add(self, amount: int) -> None:
         """Count ``amount`` more units as done."""

@@ -187,6 +187,7 @@ def full(setting: Setting, tally: Tally) -> None:
                             problem = f"does not go on: {done.last}"
                         if problem is None and (remade := again(before, whole(directory))):
                             problem = f"made again: {', '.join(remade)}"
+                remount(place, f"size={4 * size}")
                 if problem is None:
                     problem = right(scenario, left, directory)
                 tally.count(f"{name}, {share:.0%} of the space", "refused, then went on" if refused else "had enough",
@@ -344,7 +345,7 @@ def clock(setting: Setting, tally: Tally) -> None:
         before = whole(directory)
         process = alone(scenario.command(directory), log, {**environment, "OMP_NUM_THREADS": "1"})
         with suppress(subprocess.TimeoutExpired):
-            process.wait(world.HANGS_SECONDS)
+            process.wait(2 * world.HANGS_SECONDS)  # libfaketime slows everything down
         problem = None if process.returncode == 0 else " / ".join(world.said(log.with_suffix(".err").read_text())[-3:])
         if problem is None and (remade := again(before, whole(directory))):
             problem = f"made again: {', '.join(remade)}"

@@ -18,6 +18,7 @@ import torch
 from tasks.common import stage as stages
 from tasks.common.errors import InputError
 from tasks.common.files import intact, locked, nothing_left, read_json, whole_file, write_json
+from tasks.common.progress import Progress
 from tasks.common.stage import Ref, run_stage
 from tasks.pool.documents import read_documents, write_documents
 from tasks.pretraining.checkpoint import Checkpoint
@@ -179,6 +180,22 @@ def test_a_damaged_database_is_one_line(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(InputError, match=f"^{file}: is "), connect(file, read_only=True) as con:
         con.execute("SELECT sum(x), max(y) FROM t").fetchall()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_an_error_of_who_is_told_has_a_line_of_its_own(share: float, capsys: pytest.CaptureFixture[str]) -> None:
+    def tell(told: float) -> None:
+        if told >= share:
+            raise ConnectionError("gone")
+
+    def work() -> None:
+        with Progress("work", 2, "steps", report=tell) as progress:
+            progress.add(1)
+            progress.add(1)
+
+    with pytest.raises(ConnectionError):
+        work()
+    assert capsys.readouterr().err.endswith("\r")
 
 
 # Unfinished work ------------------------------------------------------------------------------------------------------
