@@ -12,7 +12,7 @@ from typing import Any
 from tests.faults import world
 from tests.faults.world import Alone, Command, Scenario
 
-KILLS = 25
+KILLS = 50
 """Of the closed loop, and as many of curation."""
 SEED = 7
 
