@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from tasks.common.config import Config, apply_setting, parse, read_yaml
+from tasks.common.errors import InputError
 from tasks.evaluation.config import EvaluationConfig
 from tasks.pool.config import PoolConfig
 from tasks.pretraining.config import PretrainingConfig
@@ -33,7 +34,8 @@ class ClosedLoopConfig(Config):
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the pool's draw."""
     pool: PoolConfig
-    """Stage 1."""
+    """Stage 1; in a file also the path of a YAML file with its fields, relative to the configuration's, or that path as
+    ``file`` beside the fields that differ."""
     scorer: ScorerConfig
     """Stage 2: the model that scores."""
     arms: dict[str, MethodConfig] = Field(min_length=1)
@@ -64,12 +66,42 @@ class ClosedLoopConfig(Config):
 
 
 def load(path: Path, settings: tuple[str, ...] = ()) -> ClosedLoopConfig:
-    """Read a configuration and apply ``a.b=value`` settings.
+    """Read a configuration and the pool it may name by file, and apply ``a.b=value`` settings, which reach into both.
 
     Raises:
         InputError: naming the file and the field.
     """
     values: dict[str, Any] = read_yaml(path)
+    _read_pool(values, path)
     for setting in settings:
         apply_setting(values, setting)
+    _read_pool(values, path)
     return parse(ClosedLoopConfig, values, path)
+
+
+def _read_pool(values: dict[str, Any], path: Path) -> None:
+    if "pool" in values:
+        values["pool"] = read_pool(values["pool"], path, "pool")
+
+
+def read_pool(given: Any, path: Path, field: str) -> Any:
+    """The fields of a pool that is given by them, by the path of a file, or by ``file`` beside the fields that differ.
+
+    Args:
+        given: what stands in the configuration.
+        path: the configuration's file; the pool's is relative to it.
+        field: name of the pool's field there.
+
+    Raises:
+        InputError: naming the file and the field.
+    """
+    changed = dict(given) if isinstance(given, dict) else {}
+    source = changed.pop("file", None) if changed else given
+    if not isinstance(source, str):
+        return given  # parse says what is wrong with it
+    file = path.parent / source
+    if not file.is_file():
+        raise InputError(f"no such pool file: {file}", file=path, field=field)
+    fields = read_yaml(file)
+    parse(PoolConfig, fields, file)  # an error in it names its own file
+    return {**fields, **changed}

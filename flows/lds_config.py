@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
-from flows.study_config import StudyConfig, _read_pools
-from tasks.common.config import apply_setting, parse, read_yaml
+from flows.study_config import StudyConfig, read_with_pools
+from tasks.common.config import parse
 
 
 class LdsConfig(StudyConfig):
@@ -45,9 +45,4 @@ def load(path: Path, settings: tuple[str, ...] = ()) -> LdsConfig:
     Raises:
         InputError: naming the file and the field.
     """
-    values: dict[str, Any] = read_yaml(path)
-    _read_pools(values, path)
-    for setting in settings:
-        apply_setting(values, setting)
-    _read_pools(values, path)
-    return parse(LdsConfig, values, path)
+    return parse(LdsConfig, read_with_pools(path, settings), path)

@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from flows.config import read_pool
 from tasks.common.config import Config, apply_setting, parse, read_yaml
-from tasks.common.errors import InputError
 from tasks.pool.config import PoolConfig
 from tasks.pretraining.config import PretrainingConfig
 from tasks.scoring.config import MethodConfig, ScorerConfig
@@ -119,27 +119,27 @@ def load(path: Path, settings: tuple[str, ...] = ()) -> StudyConfig:
     Raises:
         InputError: naming the file and the field.
     """
+    return parse(StudyConfig, read_with_pools(path, settings), path)
+
+
+def read_with_pools(path: Path, settings: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a study's file, with the contents of pool files in the place of their paths.
+
+    Raises:
+        InputError: naming the file and the field.
+    """
     values: dict[str, Any] = read_yaml(path)
     _read_pools(values, path)
     for setting in settings:
         apply_setting(values, setting)
     _read_pools(values, path)
-    return parse(StudyConfig, values, path)
+    return values
 
 
 def _read_pools(values: dict[str, Any], path: Path) -> None:
-    """Put the contents of pool files in the place of their paths."""
     pools = values.get("pools")
     if not isinstance(pools, dict):
         return  # parse says what is wrong with it
     for name, pool in pools.items():
-        given = pool.get("pool") if isinstance(pool, dict) else None
-        changed = dict(given) if isinstance(given, dict) else {}
-        source = changed.pop("file", None) if changed else given
-        if isinstance(source, str):
-            file = path.parent / source
-            if not file.is_file():
-                raise InputError(f"no such pool file: {file}", file=path, field=f"pools.{name}.pool")
-            fields = read_yaml(file)
-            parse(PoolConfig, fields, file)  # an error in it names its own file
-            pool["pool"] = {**fields, **changed}
+        if isinstance(pool, dict) and "pool" in pool:
+            pool["pool"] = read_pool(pool["pool"], path, f"pools.{name}.pool")
