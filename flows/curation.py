@@ -224,7 +224,7 @@ class _Curation:
             "index_digest": read_json(place.index / INDEX_MANIFEST)["sha256"] if total else None,
             "why": {"queries": str(config.queries), "count": len(queries.table)},
             "by": self.model() | {"stored": config.signature.stored, "sketch": config.signature.sketch.plain(),
-                                  "calibration": Index(place.index).calibration_name if total else "none"},
+                                  **(_fit(Index(place.index)) if total else {"calibration": "none"})},
         }  # fmt: skip
         same = bool(before) and all(before[-1]["basis"][name] == basis[name] for name in ("index", "queries"))
         state = _select(config, place, queries, self.intakes(run), facts, str(self.folder(run) / "result"), run=run,
@@ -309,6 +309,11 @@ def _found(directory: Path) -> Ref | None:
         return find(directory, str(read_json(directory / MANIFEST)["key"]))
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
+
+
+def _fit(index: Index) -> dict[str, Any]:
+    """An index's calibration, and the number of documents that the index was begun with: it was fitted on them."""
+    return {"calibration": index.calibration_name, "fitted_on": index.manifest["batches"][0]["documents"]}
 
 
 def _left_out(intake: Path) -> tuple[int, int]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Raise when the same inputs give another selection or card: part of every key."""
+THIN = 10
+"""So many times the documents that its calibration was fitted on, and the card says so."""
 RESULT, CARD, CARD_TEXT, DIGESTS = "result.json", "card.json", "card.md", "sha256.json"
 
 
@@ -188,6 +190,8 @@ def card_text(card: Mapping[str, Any]) -> str:
     limits = [f"{name} {json.dumps(value)}" for name, value in card["budget"].items() if value not in (None, {})]
     by = card["by"]
     sketch = ", ".join(f"{name} {value}" for name, value in by["sketch"].items())
+    fitted_on = by.get("fitted_on", card["index_documents"])
+    thin = by["calibration"] != "none" and THIN * fitted_on <= card["index_documents"]
     lines = [
         f"# {_plain(card['title'])}: selection {card['run']:04d}", "",
         f"- **What**: {card['selected']:,} of {card['documents']:,} documents, {card['tokens']:,} tokens.",
@@ -201,6 +205,9 @@ def card_text(card: Mapping[str, Any]) -> str:
         f"- **By which configuration**: index {card['basis']['index']}, type {by['stored']}, calibration "
         f"{_plain(by['calibration'])}, sketch {_plain(sketch)}; configuration "
         f"{card['config_digest'][:16]}.",
+        *([f"- **A thin fit**: the calibration was fitted on the first {fitted_on:,} documents, and the index has "
+           f"{card['index_documents']:,} now. Another `signature.fit.seed` begins an index with a calibration of all, "
+           "and scores all of them again."] if thin else []),
         f"- **Selection before**: {'none' if card['earlier'] is None else format(card['earlier'], '04d')}.", "",
         "| source | seen | selected |", "|---|---:|---:|",
         *(f"| {_plain(name)} | {row['seen']:,} | {row['selected']:,} |" for name, row in card["sources"].items()), "",

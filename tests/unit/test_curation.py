@@ -441,6 +441,17 @@ def test_a_selection_says_where_it_comes_from(conf: Path, curate: Curate, tmp_pa
     assert "influence on 3 queries" in (folder / "card.md").read_text()
 
 
+def test_the_card_says_when_its_calibration_rests_on_few_documents(curate: Curate, tmp_path: Path) -> None:
+    curate(tmp_path / "out")
+    card = read_json(tmp_path / "out" / "selections" / "0001" / "card.json")
+    assert card["by"]["fitted_on"] == card["index_documents"]
+    assert "A thin fit" not in card_text(card)
+    card["index_documents"] = 10 * card["by"]["fitted_on"]
+    assert f"fitted on the first {card['by']['fitted_on']} documents" in card_text(card)
+    card["by"]["calibration"] = "none"
+    assert "A thin fit" not in card_text(card)
+
+
 def test_the_card_escapes_what_the_pool_says(curate: Curate, tmp_path: Path) -> None:
     curate(tmp_path / "out")
     card = read_json(tmp_path / "out" / "selections" / "0001" / "card.json")
