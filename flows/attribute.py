@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tasks.scoring.explain import TokenShare
     from tasks.scoring.search import Hit
 
+CHANNELS = ("rh", "gh", "mh")
 EXCERPT = 80
 """Characters of a text that are shown."""
 
@@ -36,12 +37,13 @@ def attribute(
         data: files that hold the documents' texts, to show their beginnings.
         top: documents to name.
         tokens: positions to name of each document: those that gave the most to its score.
-        out: JSON to write as well: the ranking, its two channels, and a ranking a query.
+        out: JSON to write as well: the ranking, its channels, and a ranking a query.
         model: where the index's model lies now; None takes the place it was read from.
         calibration: None takes the index's own; another is fitted on the index first.
 
     Returns:
-        A table: rank, score, its parts from RH and GH, document; below each its tokens, where they are asked for.
+        A table: rank, score, its parts from RH, GH and, where the index has it, MH, document; below each its tokens,
+        where they are asked for.
 
     Raises:
         InputError: a file cannot be used, the model is another one, or a query has no signature.
@@ -51,6 +53,7 @@ def attribute(
     from tasks.scoring import search
     from tasks.scoring.build import query_index
     from tasks.scoring.calibration import empty
+    from tasks.scoring.config import SketchConfig
     from tasks.scoring.index import Index
 
     if [text, queries, prompt].count(None) != 2:
@@ -79,7 +82,8 @@ def attribute(
                              file=queries, field="text")  # fmt: skip
     hits = search.mean_pooled(whole, query_QD, top, fitted=fitted)
     texts = _texts(data, hits)
-    rows = _rows(hits, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), texts)
+    names = CHANNELS if SketchConfig(**whole.manifest["sketch"]).km else CHANNELS[:2]
+    rows = _rows(hits, names, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), texts)
     if tokens is not None:
         from tasks.scoring.explain import explain
 
@@ -128,11 +132,13 @@ def _texts(data: Sequence[Path], hits: Sequence[Hit]) -> dict[str, str]:
     return texts
 
 
-def _rows(hits: Sequence[Hit], channels: list[list[float]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
+def _rows(
+    hits: Sequence[Hit], names: Sequence[str], channels: list[list[float]], texts: Mapping[str, str]
+) -> list[dict[str, Any]]:
     return [
-        {"rank": rank, "doc_id": hit.doc_id, "score": hit.score, "rh": rh, "gh": gh,
+        {"rank": rank, "doc_id": hit.doc_id, "score": hit.score, **dict(zip(names, parts, strict=False)),
          **({"text": shown(texts[hit.doc_id])} if hit.doc_id in texts else {})}
-        for rank, (hit, (rh, gh)) in enumerate(zip(hits, channels, strict=True), 1)
+        for rank, (hit, parts) in enumerate(zip(hits, channels, strict=True), 1)
     ]  # fmt: skip
 
 
@@ -147,11 +153,13 @@ def shown(text: str) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'rank':>4}  {'score':>9}  {'RH':>9}  {'GH':>9}  document"]
+    names = [name for name in ("score", *CHANNELS) if name in rows[0]]
+    heads = "  ".join(f"{name if name == 'score' else name.upper():>9}" for name in names)
+    lines = [f"{'rank':>4}  {heads}  document"]
     for row in rows:
         text = f"  {row['text']}" if "text" in row else ""
-        lines.append(f"{row['rank']:>4}  {row['score']:>9.5f}  {row['rh']:>9.5f}  {row['gh']:>9.5f}  "
-                     f"{shown(row['doc_id'])}{text}")  # fmt: skip
+        values = "  ".join(f"{row[name]:>9.5f}" for name in names)
+        lines.append(f"{row['rank']:>4}  {values}  {shown(row['doc_id'])}{text}")
         lines += [f"{'':>4}  {token['share']:>+9.5f}  {token['context']} predicts →{token['text']}←"
                   for token in row.get("tokens", [])]  # fmt: skip
     return "\n".join(lines)

@@ -30,7 +30,8 @@ METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding", "hidde
 TYPES = ("bit", "int8", "fp16", "fp32")
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
-    "compact": {"kr": 384, "kh": 16, "kg": 120, "alpha": 1.0, "calibration": "median-bit+spread", "dtype": "bit"},
+    "compact": {"kr": 256, "kh": 24, "kg": 0, "km": 1920, "alpha": 1.0, "calibration": "median-bit+spread",
+                "dtype": "bit"},
 }
 """Defaults of the options by ``--recipe``; compact is what ``rise study conf/studies/prospective.yaml`` chose."""
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -193,6 +194,8 @@ def _signature_options(command: Command) -> Command:
         click.option("--kr", type=int, default=128, show_default=True, help="Sketch width of the residual."),
         click.option("--kh", type=int, default=24, show_default=True, help="Sketch width of the hidden state."),
         click.option("--kg", type=int, default=128, show_default=True, help="Sketch width of the projected error."),
+        click.option("--km", type=int, default=0, show_default=True, help="Numbers kept of the mean hidden state, the "
+                     "third channel; the paper has none."),
         click.option("--lambda-rh", type=float, default=0.7, show_default=True, help="Weight of the lexical channel."),
         click.option("--lambda-gh", type=float, default=1.0, show_default=True, help="Weight of the semantic channel."),
         click.option("--max-length", type=int, default=512, show_default=True, help="Tokens read of a document."),
@@ -433,6 +436,7 @@ def status(directory: Path | None) -> None:
 @click.option("--kr", type=int, default=128, show_default=True)
 @click.option("--kh", type=int, default=24, show_default=True)
 @click.option("--kg", type=int, default=128, show_default=True)
+@click.option("--km", type=int, default=0, show_default=True)
 def plan(**options: Any) -> None:
     """Estimate memory, disk and time of the run of CONF, or of an index, without loading a weight."""
     from flows.plan import plan as estimate

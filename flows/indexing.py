@@ -19,8 +19,8 @@ from tasks.scoring.config import FitConfig, RayConfig, ScorerConfig, SketchConfi
 
 def build(
     *, model: str, data: Path | str, out: Path, dtype: Any, calibration: str | None, fit_documents: int, kr: int,
-    kh: int, kg: int, lambda_rh: float, lambda_gh: float, alpha: float, seed: int, max_length: int, precision: str,
-    shard_tokens: int, processes: int, runner: str, ray: Sequence[str], on_bad_row: Any,
+    kh: int, kg: int, km: int, lambda_rh: float, lambda_gh: float, alpha: float, seed: int, max_length: int,
+    precision: str, shard_tokens: int, processes: int, runner: str, ray: Sequence[str], on_bad_row: Any,
 ) -> str:  # fmt: skip
     """Build the index of a file of documents, or go on with it.
 
@@ -33,9 +33,9 @@ def build(
     from tasks.scoring.build import build_index
     from tasks.scoring.index import PLAN
 
-    sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg, "lambda_rh": lambda_rh, "lambda_gh": lambda_gh,
-                                  "alpha": alpha, "seed": seed}, "options")  # fmt: skip
-    if lambda_rh == lambda_gh == 0:
+    sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg, "km": km, "lambda_rh": lambda_rh,
+                                  "lambda_gh": lambda_gh, "alpha": alpha, "seed": seed}, "options")  # fmt: skip
+    if sketch.silent:
         raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
     scorer = parse(ScorerConfig, {"model": model, "max_length": max_length, "precision": precision,
                                   "shard_tokens": shard_tokens, "processes": processes,
@@ -115,7 +115,7 @@ def info(directory: Path) -> list[str]:
     if sketch:
         size = bytes_a_document(whole.stored, whole.dimension)
         lines["signatures"] = f"{whole.stored}, {size:,} bytes a document, {size * len(whole) / 1e6:,.1f} MB"
-        lines["sketch"] = (f"{sketch.kr}/{sketch.kh}/{sketch.kg}, D = {sketch.dimension:,}; λ_rh {sketch.lambda_rh:g}, "
+        lines["sketch"] = (f"{sketch.shape}, D = {sketch.dimension:,}; λ_rh {sketch.lambda_rh:g}, "
                            f"λ_gh {sketch.lambda_gh:g}, α {sketch.alpha:g}, seed {sketch.seed}")  # fmt: skip
     fit = manifest.get("calibration")
     lines["calibration"] = whole.calibration_name

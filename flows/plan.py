@@ -87,7 +87,7 @@ class Row:
 def plan(
     *, conf: Path | None, settings: tuple[str, ...], gpus: int | None, gpu: str | None, documents: int | None,
     tokens: int | None, model: str | None, parameters: float | None, batch: int, precision: Any, dtype: Any, kr: int,
-    kh: int, kg: int,
+    kh: int, kg: int, km: int,
 ) -> str:  # fmt: skip
     """Estimate what a configuration, or the index of so many documents, takes on this machine or on named GPUs.
 
@@ -106,6 +106,7 @@ def plan(
         kr: sketch width of the residual.
         kh: sketch width of the hidden state.
         kg: sketch width of the projected error.
+        km: numbers kept of the mean hidden state.
 
     Returns:
         A table, a row a stage; what it rests on; and whether it fits.
@@ -127,7 +128,7 @@ def plan(
     if parameters is not None and not math.isfinite(parameters):
         raise InputError(f"--parameters is {parameters}, no number of parameters")
     shape = shape_of(model) if model is not None else Shape(parameters or 0.0, parameters or 0.0)
-    sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg}, "options")
+    sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg, "km": km}, "options")
     scorer = ScorerConfig(model=model or "parameters", precision=precision, max_length=max(tokens, 2),
                           processes=machine.devices, device_map="auto")  # fmt: skip
     return _shown(*_of_index(documents or 0, tokens, min(batch, documents or 0), shape, sketch, dtype, scorer, machine))
@@ -366,6 +367,7 @@ def _forward(
 
     weights = machine.bytes_a_weight(scorer.precision) * shape.parameters
     beside = 4.0 * shape.vocabulary * sum(sketch.kg for sketch in sketches)
+    beside += 4.0 * shape.width * sum(sketch.km for sketch in sketches)
     beside += 16.0 * shape.width * scorer.batch_tokens + (3.0 * LOGIT_BYTES["cuda" if machine.gpus else "cpu"])
     spread = math.ceil(weights / max(machine.memory - beside, 1.0)) if scorer.device_map and machine.gpus else 1
     working = max(1, min(scorer.processes, machine.devices // spread))
@@ -438,7 +440,7 @@ def _of_index(
     if dtype == "bit":
         rows.append(Row("search, a query", seconds=SEARCH * documents * size, host=STARTED))
     notes = [f"{documents:,} documents of {tokens:,} tokens, a scorer of {shape.parameters / 1e9:,.1f} G parameters",
-             f"signatures {sketch.kr}/{sketch.kh}/{sketch.kg}, {dtype}: {size:,} bytes a document",
+             f"signatures {sketch.shape}, {dtype}: {size:,} bytes a document",
              f"{shape.forward_flops(1.0, tokens) / 1e9:,.1f} GFLOP a token, "
              f"{_number(documents * tokens / row.seconds)} tokens a second; read in batches of {batch:,} documents"]
     if machine.gpus:

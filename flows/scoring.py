@@ -21,8 +21,8 @@ WITHOUT_MODEL = {"random", "bm25", "embedding"}
 
 def score_files(
     *, model: str | None, pool: Path, queries: Path | None, out: Path, per_query: Path | None, method: str,
-    calibration: str, alpha: float, kr: int, kh: int, kg: int, lambda_rh: float, lambda_gh: float, max_length: int,
-    seed: int, dtype: str, precision: str, on_bad_row: Any, settings: tuple[str, ...] = (),
+    calibration: str, alpha: float, kr: int, kh: int, kg: int, km: int, lambda_rh: float, lambda_gh: float,
+    max_length: int, seed: int, dtype: str, precision: str, on_bad_row: Any, settings: tuple[str, ...] = (),
 ) -> str:  # fmt: skip
     """Score the documents of ``pool`` and write ``out``; what a killed call finished is used by the next.
 
@@ -40,7 +40,7 @@ def score_files(
         raise InputError(f"--queries is needed by --method {method}")
     if per_query is not None and method in WITHOUT_QUERIES:
         raise InputError(f"--per-query: the method {method} looks at no query")
-    sketch = {"kr": kr, "kh": kh, "kg": kg, "lambda_rh": lambda_rh, "lambda_gh": lambda_gh, "alpha": alpha,
+    sketch = {"kr": kr, "kh": kh, "kg": kg, "km": km, "lambda_rh": lambda_rh, "lambda_gh": lambda_gh, "alpha": alpha,
               "seed": seed}  # fmt: skip
     known = {"sketch": sketch, "calibration": calibration, "index_type": dtype, "seed": seed}
     given: dict[str, Any] = {name: value for name, value in known.items() if name in METHODS[method].model_fields}
@@ -50,7 +50,7 @@ def score_files(
         except InputError as error:
             raise InputError(error.problem.replace("--set", "--option", 1)) from None
     config: MethodConfig = parse(METHODS[method], given, "options")
-    if isinstance(config, RiseConfig) and lambda_rh == lambda_gh == 0:
+    if isinstance(config, RiseConfig) and config.sketch.silent:
         raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
     scorer = parse(ScorerConfig, {"model": model or "none", "max_length": max_length, "precision": precision},
                    "options")  # fmt: skip

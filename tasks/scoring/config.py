@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tasks.common.config import Config
 from tasks.common.models import Precision
@@ -97,12 +97,16 @@ class SketchConfig(Config):
     """K_r, CountSketch width of the residual."""
     kh: int = Field(24, ge=1)
     """K_h, CountSketch width of the hidden state."""
-    kg: int = Field(128, ge=1)
-    """K_g, CountSketch width of the projected error."""
+    kg: int = Field(128, ge=0)
+    """K_g, CountSketch width of the projected error; 0 leaves the semantic channel out."""
+    km: int = Field(0, ge=0)
+    """K_m, numbers kept of the mean hidden state, a third channel (MH); 0, the paper, has none."""
     lambda_rh: float = Field(0.7, ge=0)
     """λ_rh, weight of the lexical channel; 0 leaves it out."""
     lambda_gh: float = Field(1.0, ge=0)
     """λ_gh, weight of the semantic channel; 0 leaves it out."""
+    lambda_mh: float = Field(1.0, gt=0)
+    """λ_mh, length of the MH channel beside a length of 1 of the paper's two together; it says nothing to bits."""
     tau: float = Field(1.0, gt=0)
     """τ, temperature of the softmax over the candidates."""
     rho_cum: float = Field(0.92, gt=0, le=1)
@@ -117,14 +121,36 @@ class SketchConfig(Config):
     """Seed of the bucket and sign hashes."""
 
     @property
+    def cuts(self) -> tuple[int, int]:
+        """Where the GH and the MH channel begin in a signature."""
+        return self.kh * self.kr, self.kh * (self.kr + self.kg)
+
+    @property
     def dimension(self) -> int:
-        """D = K_h (K_r + K_g), the length of a signature."""
-        return self.kh * (self.kr + self.kg)
+        """D = K_h (K_r + K_g) + K_m, the length of a signature."""
+        return self.cuts[1] + self.km
+
+    @property
+    def shape(self) -> str:
+        """K_r/K_h/K_g, and K_m where there is one, as tables show it."""
+        return f"{self.kr}/{self.kh}/{self.kg}" + (f"+{self.km}" if self.km else "")
+
+    @property
+    def silent(self) -> bool:
+        """Whether no channel is left, so that every signature is zero."""
+        return not (self.lambda_rh or (self.lambda_gh and self.kg) or self.km)
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the fields of a channel that is not there: keys of the paper's signatures do not know of it."""
+        fields: dict[str, Any] = handler(self)
+        return fields if self.km else {k: v for k, v in fields.items() if k not in ("km", "lambda_mh")}
 
     @model_validator(mode="after")
     def _fits_into_memory(self) -> SketchConfig:
         if self.dimension > 1 << 24:
-            raise ValueError(f"a signature of kh (kr + kg) = {self.dimension:,} numbers is longer than {1 << 24:,}")
+            raise ValueError(f"a signature of kh (kr + kg) + km = {self.dimension:,} numbers is longer than "
+                             f"{1 << 24:,}")  # fmt: skip
         return self
 
 

@@ -111,6 +111,6 @@ def readout_factors(
             if sketcher.support not in residuals:
                 residuals[sketcher.support] = sparse_residuals(z_TV, label_chunk, sketcher.config, readout.head)
             made.append(sketcher.factors(h_chunk, residuals[sketcher.support]))
-    joined = [Factors(*(torch.cat([getattr(f, name) for f in made]) for name in ("r_TR", "g_TG", "h_TH")))
+    joined = [Factors(*(torch.cat([getattr(f, name) for f in made]) for name in ("r_TR", "g_TG", "h_TH", "m_Td")))
               for made in factors]  # fmt: skip
     return joined, torch.cat(nll) if losses else None

@@ -119,7 +119,7 @@ def position_shares(
     readout: Readout, sketcher: Sketcher, ids: Sequence[int], direction_D: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """What each position of a document gives to φᵀ u: ⟨e_t ⊗ ĥ_t, u⟩ / ‖Σ_s e_s ⊗ ĥ_s‖ with e_t = [λ_rh r̂_t; λ_gh ĝ_t]
-    (lines 15–18 of Algorithm 2).
+    (lines 15–18 of Algorithm 2), and what its hidden state gives to the MH channel, where there is one.
 
     With u the mean query signature the shares sum to the score of an index without calibration. A calibrated score is
     no sum over positions. There u is the mean of the calibrated query signatures and the share the linear one, which
@@ -148,8 +148,15 @@ def position_shares(
         (made,), _ = readout_factors(readout, h_Td, ids_T[1:].to(device), [sketcher])
         error_TE = torch.cat([config.lambda_rh * made.r_TR, config.lambda_gh * made.g_TG], -1).double()
         h_TH = made.h_TH.double()
-        direction_EH = torch.from_numpy(direction_D.reshape(-1, config.kh)).to(device)
-        share_T = ((error_TE @ direction_EH) * h_TH).sum(-1) / torch.linalg.vector_norm(error_TE.T @ h_TH)
+        direction = torch.from_numpy(direction_D).to(device)
+        direction_EH = direction[: config.cuts[1]].view(-1, config.kh)
+        size = torch.linalg.vector_norm(error_TE.T @ h_TH)
+        share_T = ((error_TE @ direction_EH) * h_TH).sum(-1) / size.masked_fill(size == 0, 1.0)
+        if sketcher.mean_dM is not None:
+            m_TM = config.lambda_mh * (made.m_Td @ sketcher.mean_dM).double()
+            whole = torch.linalg.vector_norm(m_TM.sum(0)) / config.lambda_mh
+            share_T += m_TM @ direction[config.cuts[1] :] / whole.masked_fill(whole == 0, 1.0)
+            share_T /= (float(size > 0) + float(whole > 0) * config.lambda_mh**2) ** 0.5 or 1.0
     return np.asarray(share_T.cpu().numpy(), dtype=np.float64)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tasks.scoring.config import SketchConfig
-from tasks.scoring.countsketch import CountSketch
+from tasks.scoring.countsketch import CountSketch, sparse_projection
 from tasks.scoring.readout import Head
 
 _BLOCK, _ROWS = 32, 48
@@ -111,10 +111,12 @@ class Factors:
     """ĝ_t = CS_g(Wᵀ r̃_t) / ‖·‖."""
     h_TH: torch.Tensor
     """ĥ_t = CS_h(h_t) / ‖·‖, times ‖r̃_t‖^α."""
+    m_Td: torch.Tensor
+    """h_t / ‖·‖, times ‖r̃_t‖^α; of width 0 without an MH channel."""
 
 
 class Sketcher:
-    """The three CountSketches of a head.
+    """The three CountSketches of a head, and the projection of its hidden states.
 
     CS_g is linear, so CS_g(Wᵀ r̃) = r̃ᵀ (W S_g): the head is sketched once, and a position's projected error is a
     weighted sum of K_g-wide rows instead of d-wide ones.
@@ -128,12 +130,18 @@ class Sketcher:
         device = head.weight.device
         residual = CountSketch(vocabulary, config.kr, seed=config.seed, family="residual")
         hidden = CountSketch(width, config.kh, seed=config.seed, family="hidden")
-        error = CountSketch(width, config.kg, seed=config.seed, family="error")
         self.bucket_V, self.sign_V = residual.tensors(device)
         self.hidden_dH = torch.from_numpy(hidden.matrix()).to(device)
-        error_dG = torch.from_numpy(error.matrix()).to(device)
-        # A few thousand rows at a time: a float32 copy of a large head would not fit beside it.
-        self.head_VG = torch.cat([rows.float() @ error_dG for rows in head.weight.detach().split(8192)])
+        self.head_VG: torch.Tensor | None = None
+        if config.kg:
+            error = CountSketch(width, config.kg, seed=config.seed, family="error")
+            error_dG = torch.from_numpy(error.matrix()).to(device)
+            # A few thousand rows at a time: a float32 copy of a large head would not fit beside it.
+            self.head_VG = torch.cat([rows.float() @ error_dG for rows in head.weight.detach().split(8192)])
+        self.mean_dM: torch.Tensor | None = None
+        if config.km:
+            mean_dM = sparse_projection(width, config.km, seed=config.seed, family="mean")
+            self.mean_dM = torch.from_numpy(mean_dM).to(device)
 
     def factors(self, h_Td: torch.Tensor, residuals: Residuals) -> Factors:
         """Lines 11–14 of Algorithm 2 for T positions."""
@@ -145,31 +153,45 @@ class Sketcher:
         position, index, value = kept.nonzero()[:, 0], index_TC[kept], value_TC[kept]
         r_TR = torch.zeros(len(value_TC) * config.kr, device=value.device)
         r_TR.index_add_(0, position * config.kr + self.bucket_V[index], value * self.sign_V[index])
-        g_TG = torch.nn.functional.embedding_bag(
-            index, self.head_VG, counts_T.cumsum(0) - counts_T, per_sample_weights=value, mode="sum"
-        )
-        h_TH = _unit(h_Td.float() @ self.hidden_dH)
+        g_TG = value.new_zeros(len(value_TC), 0)
+        if self.head_VG is not None:
+            g_TG = torch.nn.functional.embedding_bag(
+                index, self.head_VG, counts_T.cumsum(0) - counts_T, per_sample_weights=value, mode="sum"
+            )
+        h_Td = h_Td.float()
+        h_TH = _unit(h_Td @ self.hidden_dH)
+        m_Td = h_Td[:, :0] if self.mean_dM is None else _unit(h_Td)
         if config.alpha:
-            h_TH = h_TH * torch.linalg.vector_norm(value_TC, dim=-1, keepdim=True) ** config.alpha
-        return Factors(_unit(r_TR.view(-1, config.kr)), _unit(g_TG), h_TH)
+            share_T1 = torch.linalg.vector_norm(value_TC, dim=-1, keepdim=True) ** config.alpha
+            h_TH, m_Td = h_TH * share_T1, m_Td * share_T1
+        return Factors(_unit(r_TR.view(-1, config.kr)), _unit(g_TG), h_TH, m_Td)
 
     def signatures(self, factors: Factors, lengths: list[int]) -> torch.Tensor:
-        """Lines 15–18 of Algorithm 2, and the unit length of Table 6 (normalize_sample).
+        """Lines 15–18 of Algorithm 2, and the unit length of Table 6 (normalize_sample); then the MH channel.
+
+        MH is the projected sum of a document's hidden states, brought to the length λ_mh beside the paper's signature
+        of length 1: what the text is about, whatever its next tokens are. Without the residual it is no part of the
+        gradient; reports/LOG.md says what it finds.
 
         Args:
             factors: positions of the documents one after the other.
             lengths: positions of each document.
 
         Returns:
-            φ = [φ_RH; φ_GH] (N, D) float32; zero for a document with no position.
+            φ = [φ_RH; φ_GH; φ_MH] (N, D) float32, unit length; zero for a document with no position.
         """
         config = self.config
+        if not lengths:
+            return factors.r_TR.new_zeros(0, config.dimension)
         error_TE = torch.cat([config.lambda_rh * factors.r_TR, config.lambda_gh * factors.g_TG], dim=-1)
-        phi = [
+        phi_ND = _unit(torch.stack([
             (error.T @ hidden).flatten()
             for error, hidden in zip(error_TE.split(lengths), factors.h_TH.split(lengths), strict=True)
-        ]
-        return _unit(torch.stack(phi)) if phi else error_TE.new_zeros(0, config.dimension)
+        ]))  # fmt: skip
+        if self.mean_dM is None:
+            return phi_ND
+        sum_Nd = torch.stack([part.sum(0) for part in factors.m_Td.split(lengths)])
+        return _unit(torch.cat([phi_ND, config.lambda_mh * _unit(sum_Nd @ self.mean_dM)], dim=-1))
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

@@ -171,9 +171,9 @@ def per_query(index: Index, query_QD: Signatures, top: int, *, fitted: Fitted | 
 def channels(
     index: Index, query_QD: Signatures, hits: list[Hit], *, fitted: Fitted | None = None
 ) -> NDArray[np.float64]:
-    """The parts of the mean-pooled scores of some documents that come from RH and from GH, (N, 2).
+    """The parts of the mean-pooled scores of some documents that come from RH, GH and MH, (N, 3).
 
-    The two parts of a calibrated score: they sum to it.
+    The parts of a calibrated score: they sum to it.
     """
     scaled = _standardizes(index, fitted)
     fitted = _own(index, fitted)
@@ -182,9 +182,8 @@ def channels(
     pooled_D = fitted.apply(query_QD).mean(axis=0, dtype=np.float64)
     sketch = SketchConfig(**index.manifest["sketch"])
     product_ND = phi_ND * pooled_D
-    cut = sketch.kr * sketch.kh
-    parts_N2 = np.stack([product_ND[:, :cut].sum(axis=1), product_ND[:, cut:].sum(axis=1)], axis=1)
-    return parts_N2 / index.spreads([hit.place for hit in hits])[:, None] if scaled else parts_N2
+    parts_N3 = np.stack([part.sum(axis=1) for part in np.split(product_ND, sketch.cuts, axis=1)], axis=1)
+    return parts_N3 / index.spreads([hit.place for hit in hits])[:, None] if scaled else parts_N3
 
 
 def _own(index: Index, fitted: Fitted | None) -> Fitted:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tasks.scoring.config import SketchConfig
-from tasks.scoring.countsketch import CountSketch
+from tasks.scoring.countsketch import CountSketch, sparse_projection
 
 VOCAB = 320
 
@@ -71,7 +71,7 @@ def reference_signature(model: Any, tokens: list[int], config: SketchConfig) -> 
     sketches = {
         "residual": CountSketch(weight.shape[0], config.kr, seed=config.seed, family="residual"),
         "hidden": CountSketch(weight.shape[1], config.kh, seed=config.seed, family="hidden"),
-        "error": CountSketch(weight.shape[1], config.kg, seed=config.seed, family="error"),
+        **({"error": CountSketch(weight.shape[1], config.kg, seed=config.seed, family="error")} if config.kg else {}),
     }
 
     def sketch(family: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -82,6 +82,7 @@ def reference_signature(model: Any, tokens: list[int], config: SketchConfig) -> 
 
     rh = np.zeros((config.kr, config.kh))
     gh = np.zeros((config.kg, config.kh))
+    h_sum = np.zeros(weight.shape[1])
     for t in range(len(tokens) - 1):
         y = tokens[t + 1]
         order = np.argsort(-z_TV[t], kind="stable")[: config.max_top].tolist()
@@ -100,9 +101,15 @@ def reference_signature(model: Any, tokens: list[int], config: SketchConfig) -> 
         for c in support:
             slope = 1.0 if cap is None else 1.0 - (z_TV[t, order[c]] / cap) ** 2
             r[order[c]] = (p_bar[c] / mass - (order[c] == y)) * slope
-        r_hat, h_hat, g_hat = sketch("residual", r), sketch("hidden", h_Td[t]), sketch("error", weight.T @ r)
+        r_hat, h_hat = sketch("residual", r), sketch("hidden", h_Td[t])
         share = np.linalg.norm(r) ** config.alpha
         rh += config.lambda_rh * share * np.outer(r_hat, h_hat)
-        gh += config.lambda_gh * share * np.outer(g_hat, h_hat)
+        if config.kg:
+            gh += config.lambda_gh * share * np.outer(sketch("error", weight.T @ r), h_hat)
+        h_sum += share * h_Td[t] / np.linalg.norm(h_Td[t])
     phi = np.concatenate([rh.ravel(), gh.ravel()])
+    phi /= np.linalg.norm(phi)
+    if config.km:
+        mh = sparse_projection(weight.shape[1], config.km, seed=config.seed, family="mean").T.astype(np.float64) @ h_sum
+        phi = np.concatenate([phi, config.lambda_mh * mh / np.linalg.norm(mh)])
     return phi / np.linalg.norm(phi)

@@ -28,8 +28,10 @@ def token_lists(docs: Tokenized) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("config", [SKETCH, SKETCH.model_copy(update={"alpha": 1.0, "tau": 1.5, "rho_cum": 0.5})],
-                         ids=["table 6", "weighted, warmer, shorter"])  # fmt: skip
+@pytest.mark.parametrize("config", [
+    SKETCH, SKETCH.model_copy(update={"alpha": 1.0, "tau": 1.5, "rho_cum": 0.5}),
+    SKETCH.model_copy(update={"alpha": 1.0, "kg": 0, "km": 40, "lambda_mh": 0.5}),
+], ids=["table 6", "weighted, warmer, shorter", "mean hidden state"])  # fmt: skip
 def test_engine_is_algorithm_2(name: str, config: SketchConfig) -> None:
     model, docs = build(name), documents()
     readout = Readout(model, name)
@@ -40,7 +42,8 @@ def test_engine_is_algorithm_2(name: str, config: SketchConfig) -> None:
 
 def test_sketches_that_share_a_pass_have_the_bytes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other sizes, weights, seeds and shares take the same residuals; another support takes its own."""
-    same = [{}, {"seed": 1}, {"alpha": 0.5}, {"kr": 8, "kh": 3, "kg": 30}, {"lambda_rh": 0.0}]
+    same = [{}, {"seed": 1}, {"alpha": 0.5}, {"kr": 8, "kh": 3, "kg": 30}, {"lambda_rh": 0.0},
+            {"km": 50}, {"kg": 0, "km": 50}]
     others = [{"tau": 1.5}, {"rho_cum": 0.5}, {"min_top": 9, "rho_cum": 0.1}, {"max_top": 10}]
     configs = [SKETCH.model_copy(update=update) for update in same + others]
     model, docs = build("llama tied"), documents(20)
