@@ -41,6 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = (("none", "fp32", None), ("center", "fp32", FitConfig(name="center")), ("bit", "bit", None))
     for name, stored, fit in kinds:
         build_index(folder / "pool.parquet", folder / name, scorer, sketch, stored=stored, fit=fit)  # type: ignore[arg-type]
+    third = sketch.model_copy(update={"kg": 0, "km": 40, "lambda_mh": 0.5})
+    build_index(folder / "pool.parquet", folder / "third", scorer, third, stored="fp32")
     return folder
 
 
@@ -52,12 +54,13 @@ def found(made: Path, out: Path, index: str = "none", **given: Any) -> dict[str,
     return {**read_json(out), "table": table}
 
 
-def test_the_shares_of_all_positions_sum_to_the_score(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["none", "third"])
+def test_the_shares_of_all_positions_sum_to_the_score(index: str, made: Path, tmp_path: Path) -> None:
     """φ = Σ_t e_t ⊗ ĥ_t / ‖·‖ (Algorithm 2), so φᵀu is a sum over positions; two queries, mean-pooled."""
     (tmp_path / "q.jsonl").write_text('{"text": "seven wizards box"}\n{"text": "the lazy dog jumps"}\n')
-    rows = found(made, tmp_path / "o.json", queries=tmp_path / "q.jsonl", tokens=ALL)["ranking"]
+    rows = found(made, tmp_path / "o.json", index, queries=tmp_path / "q.jsonl", tokens=ALL)["ranking"]
     assert len(rows) == 13
-    whole = Index(made / "none")
+    whole = Index(made / index)
     lengths = dict(zip(whole.doc_ids, whole.documents["n_tokens"].to_pylist(), strict=True))
     for row in rows:
         shares = [token["share"] for token in row["tokens"]]
@@ -67,6 +70,15 @@ def test_the_shares_of_all_positions_sum_to_the_score(made: Path, tmp_path: Path
         assert sorted(token["token"] for token in row["tokens"]) == list(range(1, lengths[row["doc_id"]]))
     assert sum(abs(row["score"]) > 0.01 for row in rows) >= 10  # not a sum of zeros
     assert next(row for row in rows if row["doc_id"] == "doc012")["tokens"] == []
+
+
+def test_the_third_channel_is_shown_where_the_index_has_it(made: Path, tmp_path: Path) -> None:
+    made_of = found(made, tmp_path / "o.json", "third", text="seven wizards box")
+    assert made_of["table"].splitlines()[0].split() == ["rank", "score", "RH", "GH", "MH", "document"]
+    for row in made_of["ranking"]:
+        assert row["rh"] + row["gh"] + row["mh"] == pytest.approx(row["score"], abs=1e-6)
+    assert sum(abs(row["mh"]) > 0.01 for row in made_of["ranking"]) >= 10
+    assert "mh" not in found(made, tmp_path / "o.json", text="seven wizards box")["ranking"][0]
 
 
 def test_a_centred_score_orders_the_positions_as_its_shares(made: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.scoring.countsketch import CountSketch
+from tasks.scoring.config import SketchConfig
+from tasks.scoring.countsketch import CountSketch, sparse_projection
 
 SEEDS = 4000
 FIXED_BUCKETS = [118, 1, 118, 78, 37, 58, 14, 80]
@@ -71,3 +72,37 @@ def test_the_matrix_is_the_sketch() -> None:
     sketch = CountSketch(50, 7, seed=3, family="hidden")
     x = np.random.default_rng(2).normal(size=50)
     np.testing.assert_allclose(x @ sketch.matrix(), np.bincount(sketch.bucket, sketch.sign * x, 7), atol=1e-6)
+
+
+@pytest.mark.parametrize(("dimension", "width"), [(30, 100), (100, 30), (64, 64)])
+def test_a_sparse_projection_reads_every_coordinate_alike(dimension: int, width: int) -> None:
+    terms = 4
+    made = sparse_projection(dimension, width, seed=1, family="test", terms=terms)
+    assert made.shape == (dimension, width)
+    assert set(np.unique(np.abs(made * 2)).round(6)) <= {0.0, 1.0, 2.0, 3.0, 4.0}  # two entries of a column may meet
+    single = np.stack([sparse_projection(dimension, width, seed=seed, family="test", terms=1) for seed in range(20)])
+    assert set(np.unique(single)) == {-1.0, 0.0, 1.0}
+    assert (np.abs(single).sum(axis=1) == 1).all()
+    read = np.abs(single).sum(axis=2)
+    assert read.max() - read.min() <= 1
+    assert np.ptp(np.abs(single).sum(axis=(0, 2))) <= 20  # and not always the same ones more often
+
+
+def test_a_sparse_projection_keeps_products() -> None:
+    """E⟨Px, Py⟩ = K/D ⟨x, y⟩ over the seeds."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 40))
+    projections = (sparse_projection(40, 120, seed=seed, family="test") for seed in range(500))
+    made = np.array([(x @ one) @ (y @ one) for one in projections])
+    assert made.mean() == pytest.approx(3 * (x @ y), abs=4 * made.std() / np.sqrt(len(made)))
+
+
+def test_the_paper_s_sketch_is_called_as_before_the_third_channel() -> None:
+    assert set(SketchConfig().plain()) == {"kr", "kh", "kg", "lambda_rh", "lambda_gh", "tau", "rho_cum", "min_top",
+                                           "max_top", "alpha", "seed"}  # fmt: skip
+    third = SketchConfig(km=7)
+    assert third.plain()["km"] == 7
+    assert SketchConfig(**third.plain()) == third
+    assert (SketchConfig().dimension, third.dimension, third.shape) == (6144, 6151, "128/24/128+7")
+    assert SketchConfig(lambda_rh=0, kg=0).silent
+    assert not SketchConfig(lambda_rh=0, kg=0, km=1).silent

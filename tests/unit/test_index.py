@@ -701,9 +701,10 @@ def test_channels_sum_to_the_score(built: dict[str, Index], queries: Index) -> N
     phi, query = by_id(built["fp32"]), together(queries).mean(axis=0)
     hits = search.mean_pooled(built["fp32"], together(queries), 3)
     cut = SKETCH.kr * SKETCH.kh
-    for hit, (rh, gh) in zip(hits, search.channels(built["fp32"], together(queries), hits), strict=True):
+    for hit, (rh, gh, mh) in zip(hits, search.channels(built["fp32"], together(queries), hits), strict=True):
         assert rh == pytest.approx(phi[hit.doc_id][:cut] @ query[:cut], abs=1e-6)
         assert gh == pytest.approx(phi[hit.doc_id][cut:] @ query[cut:], abs=1e-6)
+        assert mh == 0
 
 
 # The command line

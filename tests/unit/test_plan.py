@@ -87,7 +87,8 @@ def test_a_forward_pass_takes_its_flops_over_what_the_devices_reach() -> None:
 
 def test_an_index_keeps_its_bytes_a_document() -> None:
     given: dict[str, Any] = {"conf": None, "settings": (), "gpu": "H100", "gpus": 8, "model": None, "batch": 10**6,
-                             "precision": "auto", "kr": 128, "kh": 24, "kg": 128, "documents": 10**8, "tokens": 500}
+                             "precision": "auto", "kr": 128, "kh": 24, "kg": 128, "km": 0,
+                             "documents": 10**8, "tokens": 500}
     wide = planning.plan(**given, parameters=32e9, dtype="fp16")
     assert "fp16: 12,288 bytes a document" in wide
     assert "1.2 TB" in wide.splitlines()[-1]
@@ -103,6 +104,7 @@ def demo(models: Path, tmp_path: Path) -> Path:
     """The demo's configuration with models that have no weights."""
     values = yaml.safe_load((ROOT / "conf" / "closed_loop" / "demo.yaml").read_text())
     values["scorer"]["model"] = values["pretraining"]["model"] = str(models / "True")
+    values["pool"] = yaml.safe_load((ROOT / "conf" / "pools" / "demo.yaml").read_text())
     values["arms"]["embedding"] = {"method": "embedding", "model": str(models / "encoder")}
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "demo.yaml"
@@ -123,8 +125,8 @@ def test_a_closed_loop_is_counted_stage_by_stage(demo: Path, models: Path) -> No
     assert readout.seconds == pytest.approx(shape.forward_flops(1040 * length, length) * sketching / speed)
     assert isinstance(config.arms["rise"], RiseConfig)
     assert isinstance(config.arms["perplexity"], PerplexityConfig)
-    assert readout.disk == 1040 * (bytes_a_document("fp16", 24 * 256) + bytes_a_document("fp16", 16 * 504)
-                                   + bytes_a_document("bit", 16 * 504))  # fmt: skip
+    assert readout.disk == 1040 * (bytes_a_document("fp16", 24 * 256) + bytes_a_document("fp16", 8064)
+                                   + bytes_a_document("bit", 8064))  # fmt: skip
     trained = rows["pretraining: 8 arms"]
     assert trained.tokens == pytest.approx(8 * 100 * length)
     assert trained.disk == 8 * 4 * shape.parameters

@@ -258,8 +258,8 @@ def test_a_recipe_stands_for_the_options_that_are_not_given(
                str(tmp_path / "index"), "--recipe", "compact", "--kr", "16", "--precision", "float32"],
               standalone_mode=False)  # fmt: skip
     made = Index(tmp_path / "index")
-    assert {name: made.manifest["sketch"][name] for name in ("kr", "kh", "kg", "alpha")} == {
-        "kr": 16, "kh": 16, "kg": 120, "alpha": 1.0}  # fmt: skip
+    assert {name: made.manifest["sketch"][name] for name in ("kr", "kh", "kg", "km", "alpha")} == {
+        "kr": 16, "kh": 24, "kg": 0, "km": 1920, "alpha": 1.0}  # fmt: skip
     assert (made.stored, made.calibration_name) == ("bit", "median-bit+spread")
     rise.main(["index", "convert", str(whole.directory), "--out", str(tmp_path / "bits"), "--dtype", "bit",
                "--calibration", "median-bit+spread"], standalone_mode=False)  # fmt: skip
