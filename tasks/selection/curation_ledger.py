@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.common.files import read_json
 from tasks.pool.intake import DOCUMENTS, DROPPED, FILES
-from tasks.selection.database import connect, digest_tables, open_tables
+from tasks.selection.database import connect, digest_tables, new_tables, open_tables
 
 if TYPE_CHECKING:
     import duckdb
@@ -84,10 +84,12 @@ def record(path: Path, entry: Mapping[str, Any], intake: Path, result: Path) -> 
     """
     run = entry["run"]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():  # a file without tables is never left behind: it would be taken for something else
+        with new_tables(path, TABLES):
+            pass
     with connect(path, read_only=False, way_out=_WAY_OUT) as con:
         con.execute("BEGIN")
-        for table, columns in TABLES.items():
-            con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+        for table in TABLES:
             con.execute(f"DELETE FROM {table} WHERE {_RUN.get(table, 'run')} = ?", [run])
         documents = str(intake / DOCUMENTS)
         con.execute("INSERT INTO documents SELECT doc_id, ?, source, file, label, content FROM read_parquet(?)",

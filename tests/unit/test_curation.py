@@ -37,6 +37,7 @@ from tasks.scoring import engine
 from tasks.scoring.index import Index
 from tasks.scoring.spread import Spread
 from tasks.scoring.store import bytes_a_document
+from tasks.selection import curation_ledger
 from tasks.selection.budget import BudgetConfig, choose
 from tasks.selection.curation_ledger import LEDGER, LedgerSeen, curation_digest, open_curation
 from tasks.selection.drift import drift, psi
@@ -481,6 +482,22 @@ def test_a_lost_ledger_is_made_again(conf: Path, curate: Curate, tmp_path: Path)
     (out / LEDGER).unlink()
     assert curate(out)["what"] == "nothing is new"
     assert curation_digest(out / LEDGER) == digest
+
+
+def test_a_kill_while_the_ledger_is_begun_leaves_one_that_can_be_gone_on_with(
+    curate: Curate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curation_ledger, "_insert", stop)  # the tables are made, and nothing is committed
+        with pytest.raises(KeyboardInterrupt):
+            curate(tmp_path / "out")
+    assert (tmp_path / "out" / LEDGER).exists()
+    assert curation_ledger.recorded(tmp_path / "out" / LEDGER) == set()
+    assert curate(tmp_path / "out")["run"] == 1
+    assert curation_ledger.recorded(tmp_path / "out" / LEDGER) == {1}
 
 
 def test_a_ledger_that_is_held_or_none_is_named(curate: Curate, tmp_path: Path) -> None:
