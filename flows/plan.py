@@ -12,6 +12,8 @@ from flows.config import ClosedLoopConfig
 from flows.config import load as load_closed_loop
 from flows.curation_config import CurationConfig
 from flows.curation_config import load as load_curation
+from flows.lds_config import LdsConfig
+from flows.lds_config import load as load_lds
 from flows.study_config import PREDICT, RECALL, StudyConfig
 from flows.study_config import load as load_study
 from tasks.common.config import parse, read_yaml
@@ -143,8 +145,11 @@ def _of_configuration(
     if "arms" in keys:
         config = load_closed_loop(conf, settings)
         rows, training = closed_loop_rows(config, machine), config.pretraining
+    elif "facts" in keys:
+        raise InputError("is fact tracing, which is not counted beforehand: a forward pass over its largest pool is "
+                         "most of it", file=conf)  # fmt: skip
     elif "methods" in keys:
-        config = load_study(conf, settings)
+        config = load_lds(conf, settings) if "subsets" in keys else load_study(conf, settings)
         rows, training = study_rows(config, machine), config.finetuning
     else:
         raise InputError("is no closed loop (it has no arms), no study (no methods) and no curation (no intake); for "
@@ -262,9 +267,23 @@ def study_rows(config: StudyConfig, machine: Machine) -> list[Row]:
         for paradigm in (PREDICT, RECALL):
             if paradigm in config.paradigms:
                 made += scoring_rows(paradigm, arms, config.scorer, shape, studied.pool, machine)
+        if isinstance(config, LdsConfig):
+            made.append(_retraining(config, shape, studied.pool, machine))
         for row in made:
             rows[row.stage] = rows[row.stage] + row if row.stage in rows else row
     return list(rows.values())
+
+
+def _retraining(config: LdsConfig, shape: Shape, pool: PoolConfig, machine: Machine) -> Row:
+    """Training on the halves of a pool, and the queries' loss after each; the weights are not kept."""
+    assert config.finetuning is not None  # the configuration saw to it
+    times = config.subsets * len(config.training_seeds)
+    length = document_tokens(pool, config.finetuning.max_length)
+    one = training_row(config.finetuning, shape, pool.size // 2, length, machine)
+    asked = pool.queries * document_tokens(pool, config.scorer.max_length)
+    seconds = one.seconds + shape.forward_flops(asked, asked / pool.queries) / machine.flops("float32")
+    return replace(one, stage="retraining", tokens=times * (one.tokens + asked), seconds=times * seconds,
+                   disk=0.0, passing=one.disk + one.passing)  # fmt: skip
 
 
 def document_tokens(pool: PoolConfig, max_length: int) -> float:

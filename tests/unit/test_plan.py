@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from flows import plan as planning
 from flows.cli import rise
 from flows.config import load
+from flows.lds_config import load as load_lds
 from flows.study_config import load as load_study
 from tasks.common import hardware
 from tasks.common.errors import InputError
@@ -153,6 +154,23 @@ def test_a_study_counts_its_pools_seeds_and_paradigms(demo: Path, tmp_path: Path
     assert rows["finetuning"].tokens == pytest.approx(2 * 3 * 1000 * length)
 
 
+def test_retraining_is_counted_for_every_half_and_seed(demo: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(demo.read_text())
+    lds = {"name": "s", "scorer": values["scorer"], "subsets": 6, "training_seeds": [1, 2],
+           "pools": {"a": {"task": "t", "split": "dev", "pool": values["pool"]}}, "finetuning": {"epochs": 3},
+           "methods": {"rise": {"method": "rise"}}}  # fmt: skip
+    (tmp_path / "lds.yaml").write_text(yaml.safe_dump(lds))
+    config = load_lds(tmp_path / "lds.yaml")
+    rows = {row.stage: row for row in planning.study_rows(config, CPU)}
+    assert list(rows) == ["pool", "predict: RISE, perplexity", "retraining"]
+    length = planning.document_tokens(config.pools["a"].pool, 96)
+    assert rows["retraining"].tokens == pytest.approx(6 * 2 * (3 * 500 + 40) * length)
+    assert rows["retraining"].disk == 0
+    shown = CliRunner().invoke(rise, ["plan", str(tmp_path / "lds.yaml")])
+    assert shown.exit_code == 0, shown.exception
+    assert "retraining" in shown.output
+
+
 def test_the_command_says_whether_it_fits_here_and_names_bad_input(demo: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(rise, ["plan", str(demo)])
     assert done.exit_code == 0, done.exception
@@ -166,6 +184,7 @@ def test_the_command_says_whether_it_fits_here_and_names_bad_input(demo: Path, t
         ("--documents", "5"): "needs --tokens",
         ("--documents", "5", "--tokens", "5", "--model", "m", "--parameters", "5"): "either --model or --parameters",
         (str(tmp_path / "odd.yaml"),): "no closed loop",
+        (str(ROOT / "conf" / "studies" / "facts.yaml"),): "is fact tracing",
         (str(tmp_path / "none.yaml"),): "no such configuration file",
     }.items():
         failed = CliRunner().invoke(rise, ["plan", *arguments])
