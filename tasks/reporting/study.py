@@ -15,7 +15,7 @@ from tasks.reporting.report import _environment
 from tasks.reporting.results import NOTHING
 from tasks.reporting.run import CONFIG, LEDGER, MANIFEST, REPORT, RESULTS, _facts
 from tasks.reporting.table import _clean, _line
-from tasks.selection.choice import CHOOSING, STATEMENT, Placed, RuleConfig
+from tasks.selection.choice import CHOOSING, Placed, RuleConfig
 from tasks.selection.ledger import rows
 from tasks.selection.study_ledger import TABLES, choice_of, mean_of, open_study
 
@@ -204,11 +204,12 @@ def report_study(directory: Path, *, out: Path | None = None) -> Path:
     with open_study(directory / LEDGER) as con:
         study = gather(con)
         default = config["default"] or next((row["arm"] for row in study.choice), None)
+        statement = RuleConfig(**config["rule"]).statement if config["rule"] is not None else ""
         page = environment.get_template(TEMPLATE).render(
             style=look[look.index("<style>") + len("<style>") : look.index("</style>")],
             facts={**dict.fromkeys(("title", "date", "commit", "command", "hardware", "versions", "digests", "notes"),
                                    None), **facts},
-            study=study, default=default, ruled=config["rule"] is not None, statement=STATEMENT, titles=TITLES,
+            study=study, default=default, ruled=config["rule"] is not None, statement=statement, titles=TITLES,
             choosing=CHOOSING,
             shortcuts=[arm for arm in study.arms if study.kinds[arm] in SHORTCUTS],
             splits=[split for split in ("dev", "heldout") if study.split(split)],
@@ -334,14 +335,15 @@ def choice_table(ledger: Path, rule: RuleConfig) -> str:
     with open_study(ledger) as con:
         placed = choice_of(con, rule)
     places = list(placed[0].ranks)
-    head = ["arm", "worst", "mean", "bytes", *(f"{_clean(pool, 16)} {TITLES[metric]}" for pool, metric in places)]
+    head = ["arm", "worst", "mean", "behind", "bytes",
+            *(f"{_clean(pool, 16)} {TITLES[metric]}" for pool, metric in places)]  # fmt: skip
     body = [_placed(one, places) for one in placed]
     widths = [max(len(row[place]) for row in [head, *body]) for place in range(len(head))]
-    return "\n".join([STATEMENT, "", _line(head, widths), "  ".join("─" * width for width in widths),
+    return "\n".join([rule.statement, "", _line(head, widths), "  ".join("─" * width for width in widths),
                       *(_line(row, widths) for row in body), "", f"chosen: {placed[0].arm}"])  # fmt: skip
 
 
 def _placed(one: Placed, places: Sequence[tuple[str, str]]) -> list[str]:
     size = NOTHING if one.bytes_a_document is None else f"{one.bytes_a_document:,.0f}"
-    return [_clean(one.arm, 24), f"{one.worst:g}", f"{one.mean:.2f}", size,
+    return [_clean(one.arm, 24), f"{one.worst:g}", f"{one.mean:.2f}", f"{one.shortfall:.3f}", size,
             *(f"{one.ranks[place]:g}" for place in places)]  # fmt: skip

@@ -1,9 +1,11 @@
-"""The rule by which a study chooses its default, stated before the figures are known and derived from them alone."""
+"""The rule by which a study chooses its default, derived from its figures alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,12 +14,6 @@ from tasks.common.errors import InputError
 
 CHOOSING = ("pq_auprc", "purity")
 """Metrics that arms are ranked by, more is better."""
-STATEMENT = (
-    "The candidates that are small enough are ranked on every dev pool by auPRC (per query, averaged over K) and by "
-    "purity, under the predict paradigm, means over the seeds, ties sharing the average rank. The best worst-case rank "
-    "wins; ties by mean rank, then by fewer bytes a document, then by name."
-)
-"""The rule in words."""
 
 
 class RuleConfig(Config):
@@ -27,6 +23,19 @@ class RuleConfig(Config):
     """Arms that the rule chooses among."""
     max_bytes: float | None = Field(None, gt=0)
     """Most bytes a document that the default may keep on disk; an arm whose bytes are not known is then out."""
+    by: Literal["rank", "shortfall"] = "rank"
+    """rank: the candidate with the best worst rank. shortfall: the one whose figures are the least behind those of the
+    best candidate where they are furthest behind; a rank makes as much of .99 against .98 as of .8 against .4."""
+
+    @property
+    def statement(self) -> str:
+        """The rule in words."""
+        wins = {"rank": "The best worst-case rank wins",
+                "shortfall": "The one that is nowhere far behind the best of them wins: its largest shortfall is the "
+                             "smallest"}  # fmt: skip
+        return ("The candidates that are small enough are ranked on every dev pool by auPRC (per query, averaged over "
+                "K) and by purity, under the predict paradigm, means over the seeds, ties sharing the average rank. "
+                f"{wins[self.by]}; ties by mean rank, then by fewer bytes a document, then by name.")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,9 @@ class Placed:
     """The largest of them."""
     mean: float
     """Their mean."""
+    shortfall: float
+    """How far its figures are behind the best candidate's, where they are furthest behind; infinite where one is not
+    known."""
     bytes_a_document: float | None
     chosen: bool
 
@@ -49,7 +61,7 @@ def choose(
     figures: Mapping[tuple[str, str], Mapping[str, float | None]],
     bytes_a_document: Mapping[str, float | None],
 ) -> list[Placed]:
-    """Rank the candidates by :data:`STATEMENT`, the chosen one first.
+    """Rank the candidates by :attr:`RuleConfig.statement`, the chosen one first.
 
     Args:
         rule: candidates and the bound on their size.
@@ -72,10 +84,23 @@ def choose(
     placed = []
     for number, arm in enumerate(arms):
         own = {place: ranked[number] for place, ranked in ranks.items()}
-        placed.append((max(own.values()), sum(own.values()) / len(own), bytes_a_document.get(arm), arm, own))
-    placed.sort(key=lambda row: (row[0], row[1], float("inf") if row[2] is None else row[2], row[3]))
-    return [Placed(arm, own, worst, mean, size, place == 0) for place, (worst, mean, size, arm, own)
-            in enumerate(placed)]  # fmt: skip
+        behind = max(_behind(values, arm, arms) for values in figures.values())
+        placed.append(Placed(arm, own, max(own.values()), sum(own.values()) / len(own), behind,
+                             bytes_a_document.get(arm), False))  # fmt: skip
+
+    def order(one: Placed) -> tuple[float, float, float, str]:
+        size = math.inf if one.bytes_a_document is None else one.bytes_a_document
+        return one.worst if rule.by == "rank" else round(one.shortfall, 12), one.mean, size, one.arm
+
+    first, *others = sorted(placed, key=order)
+    return [replace(first, chosen=True), *others]
+
+
+def _behind(values: Mapping[str, float | None], arm: str, arms: Sequence[str]) -> float:
+    """How far an arm's value is behind the best."""
+    own = values.get(arm)
+    known = [value for one in arms if (value := values.get(one)) is not None]
+    return math.inf if own is None else max(known) - own
 
 
 def _small_enough(size: float | None, most: float | None) -> bool:

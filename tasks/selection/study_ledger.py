@@ -46,7 +46,8 @@ TABLES = {
         "query_seconds DOUBLE"
     ),
     "absent": f"{_WHAT}, reason VARCHAR",
-    "choice": "arm VARCHAR, worst_rank DOUBLE, mean_rank DOUBLE, bytes_a_document DOUBLE, chosen BOOLEAN",
+    "choice": "arm VARCHAR, worst_rank DOUBLE, mean_rank DOUBLE, worst_shortfall DOUBLE, bytes_a_document DOUBLE, "
+              "chosen BOOLEAN",
     "ranks": "arm VARCHAR, pool VARCHAR, metric VARCHAR, rank DOUBLE",
     "stages": (
         "stage VARCHAR, method VARCHAR, seconds DOUBLE, cached BOOLEAN, digest VARCHAR, rows BIGINT, key VARCHAR, "
@@ -204,8 +205,8 @@ def cost_of(directory: Path, readout: Path | None) -> dict[str, Any]:
 
 def _insert_choice(con: duckdb.DuckDBPyConnection, placed: Sequence[Placed]) -> None:
     for one in placed:
-        con.execute("INSERT INTO choice VALUES (?, ?, ?, ?, ?)",
-                    [one.arm, one.worst, one.mean, one.bytes_a_document, one.chosen])  # fmt: skip
+        con.execute("INSERT INTO choice VALUES (?, ?, ?, ?, ?, ?)",
+                    [one.arm, one.worst, one.mean, one.shortfall, one.bytes_a_document, one.chosen])  # fmt: skip
         for (pool, metric), rank in one.ranks.items():
             con.execute("INSERT INTO ranks VALUES (?, ?, ?, ?)", [one.arm, pool, metric, rank])
 

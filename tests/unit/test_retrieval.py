@@ -199,6 +199,20 @@ def test_the_best_worst_case_wins_over_the_best_mean() -> None:
     assert placed[2].ranks["b", "purity"] == 3.0, "what is not known comes last"
 
 
+def test_by_shortfall_a_small_difference_counts_for_less_than_a_large_one() -> None:
+    figures: dict[tuple[str, str], dict[str, float | None]] = {
+        ("a", "purity"): {"x": 0.99, "y": 0.98, "z": 0.97}, ("b", "purity"): {"x": 0.4, "y": 0.7, "z": 0.8}}
+    candidates = ("x", "y", "z")
+    by_rank = choose(RuleConfig(candidates=candidates), figures, SIZES)
+    assert [(one.arm, one.worst) for one in by_rank] == [("y", 2.0), ("x", 3.0), ("z", 3.0)]
+    placed = choose(RuleConfig(candidates=candidates, by="shortfall"), figures, SIZES)
+    assert [one.arm for one in placed] == ["z", "y", "x"]
+    assert [one.shortfall for one in placed] == pytest.approx([0.02, 0.1, 0.4])
+    assert [one.chosen for one in placed] == [True, False, False]
+    unknown = choose(RuleConfig(candidates=("y", "z"), by="shortfall"), FIGURES, SIZES)
+    assert [(one.arm, one.shortfall) for one in unknown] == [("y", 0.0), ("z", float("inf"))]
+
+
 def test_the_bound_on_bytes_counts_before_the_ranks() -> None:
     placed = choose(RuleConfig(candidates=("x", "y", "other"), max_bytes=768), FIGURES, SIZES)
     assert [(one.arm, one.worst, one.mean) for one in placed] == [("x", 2.0, 1.25), ("y", 2.0, 1.75)]
