@@ -43,7 +43,7 @@ def attribution(config: StudyConfig, out: str, refresh: tuple[str, ...] = ()) ->
     """
     directory = Path(out)
     with claimed(directory, config):
-        return _Study(config, directory, frozenset(refresh)).run()
+        return StudyRun(config, directory, frozenset(refresh)).run()
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Scoring:
         )  # fmt: skip
 
 
-class _Study(Scoring):
+class StudyRun(Scoring):
     """One run of the flow: its stages so far."""
 
     def __init__(self, config: StudyConfig, out: Path, refresh: frozenset[str]) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from prefect import flow, task
 
-from flows.attribution import _Study
+from flows.attribution import StudyRun
 from flows.lds_config import LdsConfig
 from flows.rundir import claimed, write_manifest
 from flows.study_config import RECALL
@@ -26,7 +26,7 @@ from tasks.pretraining.config import PretrainingConfig
 from tasks.pretraining.train import VERSION as TRAINING_VERSION
 from tasks.pretraining.train import train
 from tasks.reporting.results import NOTHING
-from tasks.reporting.table import _clean, _line
+from tasks.reporting.table import clean_name, text_table
 from tasks.scoring.config import ScorerConfig
 from tasks.selection.datamodeling import Noise, datamodeling_score, half, noise, predictions, read_scores
 
@@ -95,7 +95,7 @@ def retrain(
     ))  # fmt: skip
 
 
-class _Datamodeling(_Study):
+class _Datamodeling(StudyRun):
     """A study whose scores are held against retraining."""
 
     config: LdsConfig
@@ -179,14 +179,12 @@ def lds_table(config: LdsConfig, rows: list[dict[str, Any]], noises: dict[str, N
     for name, blur in noises.items():
         queries = next(row["queries"] for row in rows if row["pool"] == name)
         for paradigm in config.paradigms:
-            body = [[_clean(row["method"], 24), *_figures(row)] for row in rows
+            body = [[clean_name(row["method"], 24), *_figures(row)] for row in rows
                     if (row["pool"], row["paradigm"]) == (name, paradigm)]  # fmt: skip
             body.append(["ceiling", NOTHING if blur.ceiling is None else f"{blur.ceiling:.3f}", ""])
             head = ["method", "LDS", f"{config.confidence:.0%} interval"]
-            widths = [max(len(line[place]) for line in [head, *body]) for place in range(len(head))]
             lines += [f"{name}, {paradigm}: {config.subsets} random halves, {len(config.training_seeds)} seeds each, "
-                      f"{queries} queries", _line(head, widths), "  ".join("─" * width for width in widths),
-                      *(_line(line, widths) for line in body), ""]  # fmt: skip
+                      f"{queries} queries", *text_table(head, body), ""]  # fmt: skip
         lines.append(f"{name}: {blur.nll:.4f} nats a token after training, ±{blur.between:.4f} over the halves")
         if blur.within is not None and blur.reliability is not None:
             lines.append(f"±{blur.within:.4f} over the seeds of a half; reliability of the halves' order "

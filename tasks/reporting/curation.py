@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.reporting.figures import ARMS, INK, POSITIVE, QUIET, _figure, _short, _style
+from tasks.reporting.figures import ARMS, INK, POSITIVE, QUIET, axes_style, new_figure, short_name
 
 PICTURED = ("Scores of a run's new documents: the middle half thick, 5 to 95 % thin, a dot at the median; the line is "
             "the lowest score selected now.")  # fmt: skip
@@ -28,8 +28,8 @@ def runs_png(results: Sequence[Mapping[str, Any]]) -> bytes:
 
     labelled = any(result["labels"] and result["positive"] is not None for result in results)
     sources = _sources(results)
-    with _style("runs"):
-        figure = _figure(2.6)
+    with axes_style("runs"):
+        figure = new_figure(2.6)
         panels = figure.subplots(1, 3 + labelled)
         _scores(panels[0], results)
         for axes, what, title in ((panels[1], "new", "new documents, by source"),
@@ -81,7 +81,7 @@ def _shares(axes: Any, results: Sequence[Mapping[str, Any]], what: str, sources:
     shares = [{name.removeprefix(prefix): value for name, value in result["drift"].items() if name.startswith(prefix)}
               for result in results]  # fmt: skip
     # A label that begins with an underscore is left out by matplotlib; one behind a word joiner is not.
-    layers = [(f"\u2060{_short(source)}", colour, [share.get(source, 0.0) for share in shares])
+    layers = [(f"\u2060{short_name(source)}", colour, [share.get(source, 0.0) for share in shares])
               for source, colour in sources.items()]  # fmt: skip
     others = [sum(value for source, value in share.items() if source not in sources) for share in shares]
     layers += [("others", QUIET, others)] if any(others) else []

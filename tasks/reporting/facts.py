@@ -10,7 +10,7 @@ from typing import Any
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, write_json
 from tasks.reporting.results import NOTHING
-from tasks.reporting.table import _clean, _line
+from tasks.reporting.table import clean_name, text_table
 from tasks.selection.study_ledger import cost_of
 from tasks.selection.tracing import TRACES
 
@@ -86,16 +86,14 @@ def facts_table(directory: Path) -> str:
     size = {row["method"]: row["bytes_a_document"] for row in found["costs"]}
     reasons = {(row["method"], row["pool"]): row["reason"] for row in found["absent"]}
     head = ["method", "query", "bytes", *(f"{name} {pool:,}" for name in metrics for pool in pools)]
-    table = [head]
+    body = []
     for method, formulation in sorted(arms, key=lambda arm: list(dict.fromkeys(one for one, _ in arms)).index(arm[0])):
         kept = size.get(method)
-        table.append([_clean(method, 24), formulation, NOTHING if kept is None else f"{kept:,.0f}",
-                      *(_cell(cells.get((method, formulation, pool, name)), reasons.get((method, pool)))
-                        for name in metrics for pool in pools)])  # fmt: skip
-    widths = [max(len(row[place]) for row in table) for place in range(len(head))]
-    lines = [_line(row, widths).rstrip() for row in table]
+        body.append([clean_name(method, 24), formulation, NOTHING if kept is None else f"{kept:,.0f}",
+                     *(_cell(cells.get((method, formulation, pool, name)), reasons.get((method, pool)))
+                       for name in metrics for pool in pools)])  # fmt: skip
     facts = max((row["n"] for row in found["traces"]), default=0)
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:],
+    return "\n".join([*(line.rstrip() for line in text_table(head, body)),
                       f"{facts:,} facts; ± is half the interval under resampling of the facts"])  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def purity_png(ledger: Path) -> bytes:
     Raises:
         InputError: there is no ledger to read.
     """
-    with open_ledger(ledger) as con, _style("purity"):
+    with open_ledger(ledger) as con, axes_style("purity"):
         results = gather(con)
         buffer = io.BytesIO()
         _purity(con, results, _Pens(results)).savefig(
@@ -73,9 +73,9 @@ def draw(con: duckdb.DuckDBPyConnection, results: Results) -> dict[str, str]:
         ("purity", "scores", "Purity against the share of the pool that is selected", _purity),
         ("loss", "training", "Training loss of every arm", _loss),
     ):
-        with _style(name):
+        with axes_style(name):
             there = scalar(con, f"SELECT count(*) FROM {table}") > 0
-            figures[name] = _svg(paint(con, results, pens), name, title) if there else ""
+            figures[name] = as_svg(paint(con, results, pens), name, title) if there else ""
     return figures
 
 
@@ -94,7 +94,7 @@ class _Pens:
 
 
 @contextmanager
-def _style(salt: str) -> Iterator[None]:
+def axes_style(salt: str) -> Iterator[None]:
     """Our style, with ids in the SVG that depend on ``salt`` and the contents alone."""
     import matplotlib
 
@@ -102,7 +102,7 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _figure(height: float) -> Any:
+def new_figure(height: float) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no window system, no state left between figures
 
     return Figure((_WIDTH, height), layout="constrained")
@@ -112,7 +112,7 @@ def _outcome(_: duckdb.DuckDBPyConnection, results: Results, pens: _Pens) -> Any
     """Purity and control perplexity side by side, an arm a line, the best purity on top."""
     columns = results.columns[:2]
     arms = sorted(measured(results), key=lambda arm: (_value(results.columns[0], arm) or 0.0, arm.name))
-    figure = _figure(0.9 + 0.27 * len(arms))
+    figure = new_figure(0.9 + 0.27 * len(arms))
     for axes, column in zip(figure.subplots(1, 2, sharey=True), columns, strict=True):
         scale = 100 if column.percent else 1
         for place, arm in enumerate(arms):
@@ -124,11 +124,11 @@ def _outcome(_: duckdb.DuckDBPyConnection, results: Results, pens: _Pens) -> Any
                           color=pens.colour(arm.name), linewidth=2.2, alpha=0.45, solid_capstyle="round")  # fmt: skip
             axes.plot(scale * estimate.value, place, "o", color=pens.colour(arm.name), markersize=5.5)
         better = "more is better" if column.higher else "less is better"
-        axes.set_title(f"{_short(column.title)}{', %' if column.percent else ''}  ({better})")
+        axes.set_title(f"{short_name(column.title)}{', %' if column.percent else ''}  ({better})")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
     axes = figure.axes[0]
-    axes.set_yticks(range(len(arms)), [_short(arm.name) for arm in arms], color=INK)
+    axes.set_yticks(range(len(arms)), [short_name(arm.name) for arm in arms], color=INK)
     axes.set_ylim(-0.6, len(arms) - 0.4)
     if results.documents and results.positives:
         axes.axvline(100 * results.positives / results.documents, color=QUIET, linewidth=0.8, linestyle=(0, (2, 2)))
@@ -148,7 +148,7 @@ def _scores(con: duckdb.DuckDBPyConnection, results: Results, _: _Pens) -> Any:
     scored = {row["method"]: row["auroc"] for row in rows(con, statistics)}
     names = [name for name in names if name in scored]
     lines = -(-len(names) // _PANELS)
-    figure = _figure(0.35 + 1.55 * lines)
+    figure = new_figure(0.35 + 1.55 * lines)
     panels = figure.subplots(lines, _PANELS, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
         columns = con.execute(
@@ -168,7 +168,7 @@ def _scores(con: duckdb.DuckDBPyConnection, results: Results, _: _Pens) -> Any:
         if cut:
             axes.axvline(np.clip(scores[cut - 1], edges[0], edges[-1]), color=INK, linewidth=0.9)
         auroc = scored[name]
-        axes.set_title(_short(name) + ("" if auroc is None else f"  {auroc:.2f}"))
+        axes.set_title(short_name(name) + ("" if auroc is None else f"  {auroc:.2f}"))
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.grid(visible=False)
@@ -183,7 +183,7 @@ def _purity(con: duckdb.DuckDBPyConnection, results: Results, pens: _Pens) -> An
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     size, positives = results.documents, results.positives
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     axes = figure.subplots()
     ends: dict[str, float] = {}
     shares = np.array([1.0, 100.0])
@@ -217,7 +217,7 @@ def _purity(con: duckdb.DuckDBPyConnection, results: Results, pens: _Pens) -> An
 def _loss(con: duckdb.DuckDBPyConnection, results: Results, pens: _Pens) -> Any:
     import numpy as np
 
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     axes = figure.subplots()
     ends: dict[str, float] = {}
     for arm in measured(results):
@@ -255,17 +255,17 @@ def _key(axes: Any, names: Sequence[str], pens: _Pens) -> None:
     dashes = {"all labels known": {**pens.line(ORACLE), "linewidth": 0.9}}
     handles = [Line2D([], [], **dashes.get(name, pens.line(name))) for name in names]
     # A label that begins with an underscore is left out by matplotlib; one behind a word joiner is not.
-    labels = [f"\u2060{_short(name)}" for name in names]
+    labels = [f"\u2060{short_name(name)}" for name in names]
     axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.6)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A name fit for a figure: no control characters (they are not allowed in SVG), no more than 24 letters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in name)
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 
-def _svg(figure: Any, name: str, title: str) -> str:
+def as_svg(figure: Any, name: str, title: str) -> str:
     """The figure as an SVG element for a page: ids of its own, colours as CSS variables, sized by the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

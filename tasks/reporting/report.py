@@ -67,7 +67,7 @@ def write_report(
 
     with open_ledger(ledger) as con:
         results = gather(con)
-        page = _environment().get_template(TEMPLATE).render(
+        page = jinja_environment().get_template(TEMPLATE).render(
             facts={**dict.fromkeys(Facts.__annotations__), **facts},
             results=results,
             paper=SOURCE,
@@ -89,7 +89,7 @@ def write_report(
         write_json(results_out, found)
 
 
-def _environment() -> Any:
+def jinja_environment() -> Any:
     """Templates with every value escaped; figures alone are marked safe, and their text was escaped when drawn."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -42,13 +42,13 @@ def report_run(directory: Path, *, excerpts: bool = True, out: Path | None = Non
         raise InputError("holds no closed loop and no study, and has no such report", file=directory)
     report = out or directory / REPORT
     write_report(
-        directory / LEDGER, config, _facts(directory, config), report,
+        directory / LEDGER, config, run_facts(directory, config), report,
         results_out=None if out else directory / RESULTS, excerpts=excerpts,
     )  # fmt: skip
     return report
 
 
-def _facts(directory: Path, config: dict[str, Any]) -> Facts:
+def run_facts(directory: Path, config: dict[str, Any]) -> Facts:
     manifest = read_json(directory / MANIFEST)
     around = manifest["surroundings"]
     program, _, arguments = around["command"].partition(" ")

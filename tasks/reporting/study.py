@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from tasks.common.config import read_yaml
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, write_json, write_text
-from tasks.reporting.figures import INK, STYLE, _figure, _short, _style, _svg
-from tasks.reporting.report import _environment
+from tasks.reporting.figures import INK, STYLE, as_svg, axes_style, new_figure, short_name
+from tasks.reporting.report import jinja_environment
 from tasks.reporting.results import NOTHING
-from tasks.reporting.run import CONFIG, LEDGER, MANIFEST, REPORT, RESULTS, _facts
-from tasks.reporting.table import _clean, _line
+from tasks.reporting.run import CONFIG, LEDGER, MANIFEST, REPORT, RESULTS, run_facts
+from tasks.reporting.table import clean_name, text_table
 from tasks.selection.choice import CHOOSING, Placed, RuleConfig
 from tasks.selection.ledger import rows
 from tasks.selection.study_ledger import TABLES, choice_of, mean_of, open_study
@@ -193,10 +193,10 @@ def report_study(directory: Path, *, out: Path | None = None) -> Path:
     import yaml
 
     config = read_yaml(directory / CONFIG)
-    facts = _facts(directory, config)
+    facts = run_facts(directory, config)
     facts["sources"] = {name: source for card in sorted((directory / "pool").glob("*/card.json"))
                         for name, source in read_json(card)["sources"].items()}  # fmt: skip
-    environment = _environment()
+    environment = jinja_environment()
     environment.add_extension("jinja2.ext.loopcontrols")
     environment.filters |= {"bytes": lambda value: NOTHING if value is None else f"{value:,.0f}", "signed": _signed,
                             "milliseconds": _milliseconds, "size": _size, "took": _took}  # fmt: skip
@@ -273,8 +273,8 @@ def _outcome(study: Study) -> str:
     """auPRC and purity of every arm, a panel a pool, as an SVG element."""
     pools, paradigm = study.pools, study.paradigms[0]
     lines = -(-len(pools) // _PANELS)
-    with _style("study"):
-        figure = _figure(lines * (0.75 + 0.2 * len(study.arms)))
+    with axes_style("study"):
+        figure = new_figure(lines * (0.75 + 0.2 * len(study.arms)))
         panels = figure.subplots(lines, min(len(pools), _PANELS), squeeze=False, sharey=True).ravel()
         for axes, pool in zip(panels, pools, strict=False):
             for place, arm in enumerate(reversed(study.arms)):
@@ -289,14 +289,14 @@ def _outcome(study: Study) -> str:
             axes.axvline(pool["positives"] / pool["documents"], color=STYLE["axes.labelcolor"], linewidth=0.8,
                          linestyle=(0, (2, 2)))  # fmt: skip
             axes.set_xlim(-0.02, 1.02)
-            axes.set_title(f"{_short(pool['pool'])}  ({'dev' if pool['split'] == 'dev' else 'held out'})")
+            axes.set_title(f"{short_name(pool['pool'])}  ({'dev' if pool['split'] == 'dev' else 'held out'})")
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
         for axes in panels[len(pools) :]:
             axes.set_visible(False)
-        panels[0].set_yticks(range(len(study.arms)), [_short(arm) for arm in reversed(study.arms)], color=INK)
+        panels[0].set_yticks(range(len(study.arms)), [short_name(arm) for arm in reversed(study.arms)], color=INK)
         panels[0].set_ylim(-0.6, len(study.arms) - 0.4)
-        return _svg(figure, "study", "auPRC and purity of every arm on every pool, with intervals")
+        return as_svg(figure, "study", "auPRC and purity of every arm on every pool, with intervals")
 
 
 def study_table(ledger: Path) -> str:
@@ -311,14 +311,12 @@ def study_table(ledger: Path) -> str:
     for split, title in (("dev", "dev pools"), ("heldout", "held-out pools")):
         if not study.split(split):
             continue
-        head = ["method", *(_clean(task, 20) for task in study.tasks(split)), "Overall"]
+        head = ["method", *(clean_name(task, 20) for task in study.tasks(split)), "Overall"]
         places = [*study.tasks(split), None]
-        body = [[_clean(arm, 24), *(str(cell or study.why(split, arm, task)) for cell, task in
+        body = [[clean_name(arm, 24), *(str(cell or study.why(split, arm, task)) for cell, task in
                                     zip(cells, places, strict=True))]
                 for arm, cells in study.unified(split).items()]  # fmt: skip
-        widths = [max(len(row[place]) for row in [head, *body]) for place in range(len(head))]
-        lines += [f"auPRC on the {title}, {_what(study.paradigms)}", _line(head, widths),
-                  "  ".join("─" * width for width in widths), *(_line(row, widths) for row in body), ""]  # fmt: skip
+        lines += [f"auPRC on the {title}, {_what(study.paradigms)}", *text_table(head, body), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -336,14 +334,12 @@ def choice_table(ledger: Path, rule: RuleConfig) -> str:
         placed = choice_of(con, rule)
     places = list(placed[0].ranks)
     head = ["arm", "worst", "mean", "behind", "bytes",
-            *(f"{_clean(pool, 16)} {TITLES[metric]}" for pool, metric in places)]  # fmt: skip
+            *(f"{clean_name(pool, 16)} {TITLES[metric]}" for pool, metric in places)]  # fmt: skip
     body = [_placed(one, places) for one in placed]
-    widths = [max(len(row[place]) for row in [head, *body]) for place in range(len(head))]
-    return "\n".join([rule.statement, "", _line(head, widths), "  ".join("─" * width for width in widths),
-                      *(_line(row, widths) for row in body), "", f"chosen: {placed[0].arm}"])  # fmt: skip
+    return "\n".join([rule.statement, "", *text_table(head, body), "", f"chosen: {placed[0].arm}"])
 
 
 def _placed(one: Placed, places: Sequence[tuple[str, str]]) -> list[str]:
     size = NOTHING if one.bytes_a_document is None else f"{one.bytes_a_document:,.0f}"
-    return [_clean(one.arm, 24), f"{one.worst:g}", f"{one.mean:.2f}", f"{one.shortfall:.3f}", size,
+    return [clean_name(one.arm, 24), f"{one.worst:g}", f"{one.mean:.2f}", f"{one.shortfall:.3f}", size,
             *(f"{one.ranks[place]:g}" for place in places)]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.reporting.results import NOTHING, Arm, Column, gather, measured, signed_percent
@@ -20,10 +21,10 @@ def results_table(ledger: Path) -> str:
     """
     with open_ledger(ledger) as con:
         results = gather(con)
-    titles = [f"{_clean(column.short, _NAME)} {column.arrow}" for column in results.columns]
+    titles = [f"{clean_name(column.short, _NAME)} {column.arrow}" for column in results.columns]
     head = ["method", *titles, "oracle's gain"]
     ours = [
-        [_clean(arm.name, _NAME), *(_half(column, arm) for column in results.columns), _gain(arm)]
+        [clean_name(arm.name, _NAME), *(_half(column, arm) for column in results.columns), _gain(arm)]
         for arm in measured(results)
     ]
     paper = [
@@ -33,8 +34,8 @@ def results_table(ledger: Path) -> str:
     widths = [max(len(row[place]) for row in [head, *ours, *paper]) for place in range(len(head))]
     ruler = "  ".join("─" * width for width in widths)
     lines = [
-        _line(head, widths), ruler, *(_line(row, widths) for row in ours), ruler,
-        "the paper, Table 4 (32B scorer, pool of 50,000, Pythia-1B)", *(_line(row, widths) for row in paper),
+        table_line(head, widths), ruler, *(table_line(row, widths) for row in ours), ruler,
+        "the paper, Table 4 (32B scorer, pool of 50,000, Pythia-1B)", *(table_line(row, widths) for row in paper),
         "± is half the width of the interval; oracle's gain: see the report",
     ]  # fmt: skip
     return "\n".join(line[:WIDTH].rstrip() for line in lines)
@@ -51,7 +52,7 @@ def results_markdown(ledger: Path) -> str:
     titles = [f"{_escape(column.title)}{', %' if column.percent else ''} {column.arrow}" for column in results.columns]
     lines = [_row(["Method", *titles, "Oracle's gain"]), _row(["---", *["---:"] * (len(titles) + 1)])]
     lines += [
-        _row([_escape(_clean(arm.name, 60)), *(_range(column, arm) for column in results.columns), _gain(arm)])
+        _row([_escape(clean_name(arm.name, 60)), *(_range(column, arm) for column in results.columns), _gain(arm)])
         for arm in measured(results)
     ]
     return "\n".join(lines)
@@ -78,7 +79,15 @@ def _gain(arm: Arm) -> str:
     return NOTHING if arm.gain is None else signed_percent(arm.gain)
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
+def text_table(head: list[str], body: Sequence[list[str]]) -> list[str]:
+    """Lines of a table: head, ruler, rows; the first column to the left, the others to the right."""
+    widths = [max(len(row[place]) for row in [head, *body]) for place in range(len(head))]
+    return [table_line(head, widths), "  ".join("─" * width for width in widths),
+            *(table_line(row, widths) for row in body)]  # fmt: skip
+
+
+def table_line(cells: list[str], widths: list[int]) -> str:
+    """One line of a table, its cells as wide as their columns."""
     name, *figures = cells
     return "  ".join([name.ljust(widths[0]), *map(str.rjust, figures, widths[1:])])
 
@@ -87,7 +96,7 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _clean(name: str, width: int) -> str:
+def clean_name(name: str, width: int) -> str:
     """A name for the terminal: no control characters (they steer it), and no wider than ``width``."""
     text = "".join(letter if letter.isprintable() else "?" for letter in name)
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.selection.retrieval import _read_per_query
+from tasks.selection.retrieval import read_per_query
 from tasks.selection.select import read_pool, read_ranking
 
 if TYPE_CHECKING:
@@ -142,6 +142,6 @@ def read_scores(pool: Path, scored: Path) -> NDArray[np.float64]:
     documents = read_pool(file).sort_by("doc_id")
     queries = pq.read_metadata(pool / "queries.parquet").num_rows
     if (scored / "per_query.parquet").is_file():
-        return _read_per_query(scored / "per_query.parquet", queries, documents["doc_id"])
+        return read_per_query(scored / "per_query.parquet", queries, documents["doc_id"])
     ranking = read_ranking(scored / "scores.parquet", documents, file).sort_by("doc_id")
     return np.tile(ranking["score"].to_numpy().astype(np.float64), (queries, 1))

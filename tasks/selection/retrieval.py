@@ -93,7 +93,7 @@ def retrieve(config: RetrievalConfig, pool: Path, scored: Path, out: Path) -> in
     queries = pq.read_metadata(pool / "queries.parquet").num_rows
     per_query = scored / "per_query.parquet"
     looks = per_query.is_file()
-    scores_QN = _read_per_query(per_query, queries, documents["doc_id"]) if looks else mean_N[None, :]
+    scores_QN = read_per_query(per_query, queries, documents["doc_id"]) if looks else mean_N[None, :]
     found = _per_query(config, query_values(scores_QN, labels_N, config.ks), queries, looks)
     found += _ranking(config, mean_N, labels_N)
     with whole_file(out / METRICS) as part:
@@ -130,7 +130,7 @@ def query_values(
     return values
 
 
-def _read_per_query(file: Path, queries: int, doc_ids: pa.ChunkedArray) -> NDArray[np.float64]:
+def read_per_query(file: Path, queries: int, doc_ids: pa.ChunkedArray) -> NDArray[np.float64]:
     """The scores (Q, N) of a per-query file, documents in the order of ``doc_ids``, queries in that of their ids.
 
     Raises:

@@ -225,12 +225,12 @@ def test_a_study_killed_again_and_again_ends_the_same(
 
 
 def test_a_method_that_does_not_fit_leaves_a_row_that_says_so(study_conf: Path, tmp_path: Path) -> None:
-    from flows.attribution import _Study
+    from flows.attribution import StudyRun
     from flows.study_config import load
 
     refused = {"predict.howdy-dev.bm25": "out of memory: it needs 9 GiB", "predict.brainrot-test.bm25": "no such file"}
 
-    class Study(_Study):
+    class Study(StudyRun):
         """Its stages make nothing."""
 
         def made(self, task: Any, *inputs: Any, stage: str, directory: str, **options: Any) -> Ref:
