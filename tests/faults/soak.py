@@ -62,5 +62,6 @@ def run(runs: int = RUNS) -> dict[str, Any]:
             round(statistics.median(worked[late]) / statistics.median(worked[early]), 3),
         "open files": {"first run": files[0], "tenth": files[min(9, runs - 1)], "last": files[-1]},
         "by run": {str(place + 1): {"MiB": round(memory[place]), "open files": files[place],
-                                    "seconds": round(seconds[place], 2), "processor seconds": round(worked[place], 2)} for place in shown},
+                                    "seconds": round(seconds[place], 2),
+                                    "processor seconds": round(worked[place], 2)} for place in shown},
     }  # fmt: skip
