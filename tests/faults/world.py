@@ -72,6 +72,8 @@ class Command:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log, self._begun = log, time.monotonic()
         self._process = _FORKS.Process(target=_command, args=([str(part) for part in arguments], str(log)), daemon=True)
+        for stream in (".out", ".err"):
+            log.with_suffix(stream).write_bytes(b"")  # there to be read when it is killed before it says anything
         self._process.start()
 
     def wait(self, seconds: float = HANGS_SECONDS) -> Done | None:

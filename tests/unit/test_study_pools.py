@@ -205,7 +205,7 @@ def pool_config(name: str) -> PoolConfig:
 
 def test_dev_and_heldout_share_no_source() -> None:
     pairs = {f"{task}_{v}" for task in TASKS for v in ("dev", "heldout")}
-    assert {file.stem for file in POOLS.iterdir()} == pairs | {"exams_dev", "half_dev"}
+    assert {file.stem for file in POOLS.iterdir()} == pairs | {"exams_dev", "half_dev", "demo"}
     for dev, heldout in [*((task, task) for task in TASKS), ("exams", "finmed"), ("half", "brainrot")]:
         names = f"{dev}_dev", f"{heldout}_heldout"
         readers = [{one.reader for one in pool_config(name).sources.values()} for name in names]
