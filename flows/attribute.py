@@ -42,7 +42,7 @@ def attribute(
         calibration: None takes the index's own; another is fitted on the index first.
 
     Returns:
-        A table: rank, score, its parts from RH, GH and, where the index has it, MH, document; below each its tokens,
+        A table: rank, score, its parts from the channels that the index has, document; below each its tokens,
         where they are asked for.
 
     Raises:
@@ -82,8 +82,9 @@ def attribute(
                              file=queries, field="text")  # fmt: skip
     hits = search.mean_pooled(whole, query_QD, top, fitted=fitted)
     texts = _texts(data, hits)
-    names = CHANNELS if SketchConfig(**whole.manifest["sketch"]).km else CHANNELS[:2]
-    rows = _rows(hits, names, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), texts)
+    sketch = SketchConfig(**whole.manifest["sketch"])
+    there = {"rh": True, "gh": bool(sketch.kg), "mh": bool(sketch.km)}
+    rows = _rows(hits, there, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), texts)
     if tokens is not None:
         from tasks.scoring.explain import explain
 
@@ -133,10 +134,12 @@ def _texts(data: Sequence[Path], hits: Sequence[Hit]) -> dict[str, str]:
 
 
 def _rows(
-    hits: Sequence[Hit], names: Sequence[str], channels: list[list[float]], texts: Mapping[str, str]
+    hits: Sequence[Hit], there: Mapping[str, bool], channels: list[list[float]], texts: Mapping[str, str]
 ) -> list[dict[str, Any]]:
+    """The ranking with the parts of the channels that are there."""
     return [
-        {"rank": rank, "doc_id": hit.doc_id, "score": hit.score, **dict(zip(names, parts, strict=False)),
+        {"rank": rank, "doc_id": hit.doc_id, "score": hit.score,
+         **{name: part for (name, kept), part in zip(there.items(), parts, strict=True) if kept},
          **({"text": shown(texts[hit.doc_id])} if hit.doc_id in texts else {})}
         for rank, (hit, parts) in enumerate(zip(hits, channels, strict=True), 1)
     ]  # fmt: skip

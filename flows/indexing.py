@@ -36,7 +36,7 @@ def build(
     sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg, "km": km, "lambda_rh": lambda_rh,
                                   "lambda_gh": lambda_gh, "alpha": alpha, "seed": seed}, "options")  # fmt: skip
     if sketch.silent:
-        raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
+        raise InputError("no channel is left: --lambda-rh is 0, --lambda-gh or --kg is 0, and --km is 0")
     scorer = parse(ScorerConfig, {"model": model, "max_length": max_length, "precision": precision,
                                   "shard_tokens": shard_tokens, "processes": processes,
                                   "ray": _ray(runner, ray)}, "options")  # fmt: skip

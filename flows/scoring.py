@@ -51,7 +51,7 @@ def score_files(
             raise InputError(error.problem.replace("--set", "--option", 1)) from None
     config: MethodConfig = parse(METHODS[method], given, "options")
     if isinstance(config, RiseConfig) and config.sketch.silent:
-        raise InputError("--lambda-rh and --lambda-gh are both 0: no channel is left")
+        raise InputError("no channel is left: --lambda-rh is 0, --lambda-gh or --kg is 0, and --km is 0")
     scorer = parse(ScorerConfig, {"model": model or "none", "max_length": max_length, "precision": precision},
                    "options")  # fmt: skip
     check_output(out, pool, queries)

@@ -74,9 +74,9 @@ def test_the_shares_of_all_positions_sum_to_the_score(index: str, made: Path, tm
 
 def test_the_third_channel_is_shown_where_the_index_has_it(made: Path, tmp_path: Path) -> None:
     made_of = found(made, tmp_path / "o.json", "third", text="seven wizards box")
-    assert made_of["table"].splitlines()[0].split() == ["rank", "score", "RH", "GH", "MH", "document"]
+    assert made_of["table"].splitlines()[0].split() == ["rank", "score", "RH", "MH", "document"]
     for row in made_of["ranking"]:
-        assert row["rh"] + row["gh"] + row["mh"] == pytest.approx(row["score"], abs=1e-6)
+        assert row["rh"] + row["mh"] == pytest.approx(row["score"], abs=1e-6)
     assert sum(abs(row["mh"]) > 0.01 for row in made_of["ranking"]) >= 10
     assert "mh" not in found(made, tmp_path / "o.json", text="seven wizards box")["ranking"][0]
 
