@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tasks.scoring.explain import TokenShare
     from tasks.scoring.search import Hit
 
-CHANNELS = ("rh", "gh", "mh")
 EXCERPT = 80
 """Characters of a text that are shown."""
 
@@ -83,8 +82,9 @@ def attribute(
     hits = search.mean_pooled(whole, query_QD, top, fitted=fitted)
     texts = _texts(data, hits)
     sketch = SketchConfig(**whole.manifest["sketch"])
-    there = {"rh": True, "gh": bool(sketch.kg), "mh": bool(sketch.km)}
-    rows = _rows(hits, there, search.channels(whole, query_QD, hits, fitted=fitted).tolist(), texts)
+    there = [name for name, numbers in sketch.channels.items() if numbers]
+    parts = search.channels(whole, query_QD, hits, fitted=fitted).tolist()
+    rows = _rows(hits, [dict(zip(sketch.channels, part, strict=True)) for part in parts], there, texts)
     if tokens is not None:
         from tasks.scoring.explain import explain
 
@@ -102,7 +102,7 @@ def attribute(
             ],
             **({} if generation is None else {"prompt": prompt, "generation": generation}),
         })  # fmt: skip
-    return _table(rows)
+    return _table(rows, there)
 
 
 def _write_queries(path: Path, text: str | None, queries: Path | None) -> None:
@@ -134,14 +134,14 @@ def _texts(data: Sequence[Path], hits: Sequence[Hit]) -> dict[str, str]:
 
 
 def _rows(
-    hits: Sequence[Hit], there: Mapping[str, bool], channels: list[list[float]], texts: Mapping[str, str]
+    hits: Sequence[Hit], parts: Sequence[Mapping[str, float]], there: Sequence[str], texts: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """The ranking with the parts of the channels that are there."""
     return [
         {"rank": rank, "doc_id": hit.doc_id, "score": hit.score,
-         **{name: part for (name, kept), part in zip(there.items(), parts, strict=True) if kept},
+         **{name: part[name] for name in there},
          **({"text": shown(texts[hit.doc_id])} if hit.doc_id in texts else {})}
-        for rank, (hit, parts) in enumerate(zip(hits, channels, strict=True), 1)
+        for rank, (hit, part) in enumerate(zip(hits, parts, strict=True), 1)
     ]  # fmt: skip
 
 
@@ -155,8 +155,8 @@ def shown(text: str) -> str:
     return printable(text[:EXCERPT])
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    names = [name for name in ("score", *CHANNELS) if name in rows[0]]
+def _table(rows: Sequence[dict[str, Any]], there: Sequence[str]) -> str:
+    names = ["score", *there]
     heads = "  ".join(f"{name if name == 'score' else name.upper():>9}" for name in names)
     lines = [f"{'rank':>4}  {heads}  document"]
     for row in rows:

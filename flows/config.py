@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from tasks.common.config import Config, apply_setting, parse, read_yaml
+from tasks.common.config import Config, parse, read_with_settings, read_yaml
 from tasks.common.errors import InputError
 from tasks.evaluation.config import EvaluationConfig
 from tasks.pool.config import PoolConfig
@@ -71,17 +71,12 @@ def load(path: Path, settings: tuple[str, ...] = ()) -> ClosedLoopConfig:
     Raises:
         InputError: naming the file and the field.
     """
-    values: dict[str, Any] = read_yaml(path)
-    _read_pool(values, path)
-    for setting in settings:
-        apply_setting(values, setting)
-    _read_pool(values, path)
-    return parse(ClosedLoopConfig, values, path)
 
+    def fill(values: dict[str, Any]) -> None:
+        if "pool" in values:
+            values["pool"] = read_pool(values["pool"], path, "pool")
 
-def _read_pool(values: dict[str, Any], path: Path) -> None:
-    if "pool" in values:
-        values["pool"] = read_pool(values["pool"], path, "pool")
+    return parse(ClosedLoopConfig, read_with_settings(path, settings, fill), path)
 
 
 def read_pool(given: Any, path: Path, field: str) -> Any:

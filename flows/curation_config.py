@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from tasks.common.config import Config, apply_setting, parse, read_yaml
+from tasks.common.config import Config, parse, read_with_settings
 from tasks.pool.intake import IntakeConfig
 from tasks.scoring.config import ScorerConfig
 from tasks.scoring.growing import SignatureConfig
@@ -62,7 +62,4 @@ def load(path: Path, settings: tuple[str, ...] = ()) -> CurationConfig:
     Raises:
         InputError: naming the file and the field.
     """
-    values: dict[str, Any] = read_yaml(path)
-    for setting in settings:
-        apply_setting(values, setting)
-    return parse(CurationConfig, values, path)
+    return parse(CurationConfig, read_with_settings(path, settings), path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from flows.study_config import NAME
-from tasks.common.config import Config, apply_setting, parse, read_yaml
+from tasks.common.config import Config, parse, read_with_settings
 from tasks.pool.facts import FactsConfig
 from tasks.scoring.config import MethodConfig, ScorerConfig
 
@@ -58,7 +58,4 @@ def load(path: Path, settings: tuple[str, ...] = ()) -> FactTracingConfig:
     Raises:
         InputError: naming the file and the field.
     """
-    values: dict[str, Any] = read_yaml(path)
-    for setting in settings:
-        apply_setting(values, setting)
-    return parse(FactTracingConfig, values, path)
+    return parse(FactTracingConfig, read_with_settings(path, settings), path)

@@ -35,8 +35,7 @@ def build(
 
     sketch = parse(SketchConfig, {"kr": kr, "kh": kh, "kg": kg, "km": km, "lambda_rh": lambda_rh,
                                   "lambda_gh": lambda_gh, "alpha": alpha, "seed": seed}, "options")  # fmt: skip
-    if sketch.silent:
-        raise InputError("no channel is left: --lambda-rh is 0, --lambda-gh or --kg is 0, and --km is 0")
+    require_channel(sketch)
     scorer = parse(ScorerConfig, {"model": model, "max_length": max_length, "precision": precision,
                                   "shard_tokens": shard_tokens, "processes": processes,
                                   "ray": _ray(runner, ray)}, "options")  # fmt: skip
@@ -54,6 +53,12 @@ def build(
         count = build_index(documents, out, scorer, sketch, stored=dtype, fit=fit, data=sha256_file(file),
                             label="index")  # fmt: skip
     return f"{count} documents in the index {out}"
+
+
+def require_channel(sketch: SketchConfig) -> None:
+    """Refuse options that leave no channel of a signature."""
+    if sketch.silent:
+        raise InputError("no channel is left: --lambda-rh is 0, --lambda-gh or --kg is 0, and --km is 0")
 
 
 def convert(*, directory: Path, out: Path, dtype: Any, calibration: str | None, fit_documents: int) -> str:

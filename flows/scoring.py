@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flows.indexing import require_channel
 from tasks.common.config import apply_setting, parse
 from tasks.common.errors import InputError, one_line
 from tasks.common.files import check_output, nothing_left, sha256_file, sha256_json
@@ -50,8 +51,8 @@ def score_files(
         except InputError as error:
             raise InputError(error.problem.replace("--set", "--option", 1)) from None
     config: MethodConfig = parse(METHODS[method], given, "options")
-    if isinstance(config, RiseConfig) and config.sketch.silent:
-        raise InputError("no channel is left: --lambda-rh is 0, --lambda-gh or --kg is 0, and --km is 0")
+    if isinstance(config, RiseConfig):
+        require_channel(config.sketch)
     scorer = parse(ScorerConfig, {"model": model or "none", "max_length": max_length, "precision": precision},
                    "options")  # fmt: skip
     check_output(out, pool, queries)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from flows.config import read_pool
-from tasks.common.config import Config, apply_setting, parse, read_yaml
+from tasks.common.config import Config, parse, read_with_settings
 from tasks.pool.config import PoolConfig
 from tasks.pretraining.config import PretrainingConfig
 from tasks.scoring.config import MethodConfig, ScorerConfig
@@ -128,18 +128,13 @@ def read_with_pools(path: Path, settings: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         InputError: naming the file and the field.
     """
-    values: dict[str, Any] = read_yaml(path)
-    _read_pools(values, path)
-    for setting in settings:
-        apply_setting(values, setting)
-    _read_pools(values, path)
-    return values
 
+    def fill(values: dict[str, Any]) -> None:
+        pools = values.get("pools")
+        if not isinstance(pools, dict):
+            return  # parse says what is wrong with it
+        for name, pool in pools.items():
+            if isinstance(pool, dict) and "pool" in pool:
+                pool["pool"] = read_pool(pool["pool"], path, f"pools.{name}.pool")
 
-def _read_pools(values: dict[str, Any], path: Path) -> None:
-    pools = values.get("pools")
-    if not isinstance(pools, dict):
-        return  # parse says what is wrong with it
-    for name, pool in pools.items():
-        if isinstance(pool, dict) and "pool" in pool:
-            pool["pool"] = read_pool(pool["pool"], path, f"pools.{name}.pool")
+    return read_with_settings(path, settings, fill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args
@@ -120,6 +121,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("must be a mapping of keys to values", file=path)
     return value
+
+
+def read_with_settings(
+    path: Path, settings: Sequence[str], fill: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Read a YAML mapping and apply ``a.b=value`` overrides.
+
+    Args:
+        path: the file.
+        settings: the overrides, in their order.
+        fill: puts what other files hold into the mapping: before the overrides, which reach into it, and after them,
+            for they may name another file.
+
+    Raises:
+        InputError: as :func:`read_yaml` and :func:`apply_setting`.
+    """
+    values = read_yaml(path)
+    fill(values)
+    for setting in settings:
+        apply_setting(values, setting)
+    fill(values)
+    return values
 
 
 def apply_setting(values: dict[str, Any], setting: str) -> None:

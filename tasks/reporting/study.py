@@ -314,7 +314,7 @@ def study_table(ledger: Path) -> str:
         head = ["method", *(clean_name(task, 20) for task in study.tasks(split)), "Overall"]
         places = [*study.tasks(split), None]
         body = [[clean_name(arm, 24), *(str(cell or study.why(split, arm, task)) for cell, task in
-                                    zip(cells, places, strict=True))]
+                                        zip(cells, places, strict=True))]
                 for arm, cells in study.unified(split).items()]  # fmt: skip
         lines += [f"auPRC on the {title}, {_what(study.paradigms)}", *text_table(head, body), ""]
     return "\n".join(lines).rstrip()

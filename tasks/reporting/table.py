@@ -34,8 +34,8 @@ def results_table(ledger: Path) -> str:
     widths = [max(len(row[place]) for row in [head, *ours, *paper]) for place in range(len(head))]
     ruler = "  ".join("─" * width for width in widths)
     lines = [
-        table_line(head, widths), ruler, *(table_line(row, widths) for row in ours), ruler,
-        "the paper, Table 4 (32B scorer, pool of 50,000, Pythia-1B)", *(table_line(row, widths) for row in paper),
+        _line(head, widths), ruler, *(_line(row, widths) for row in ours), ruler,
+        "the paper, Table 4 (32B scorer, pool of 50,000, Pythia-1B)", *(_line(row, widths) for row in paper),
         "± is half the width of the interval; oracle's gain: see the report",
     ]  # fmt: skip
     return "\n".join(line[:WIDTH].rstrip() for line in lines)
@@ -82,11 +82,11 @@ def _gain(arm: Arm) -> str:
 def text_table(head: list[str], body: Sequence[list[str]]) -> list[str]:
     """Lines of a table: head, ruler, rows; the first column to the left, the others to the right."""
     widths = [max(len(row[place]) for row in [head, *body]) for place in range(len(head))]
-    return [table_line(head, widths), "  ".join("─" * width for width in widths),
-            *(table_line(row, widths) for row in body)]  # fmt: skip
+    return [_line(head, widths), "  ".join("─" * width for width in widths),
+            *(_line(row, widths) for row in body)]  # fmt: skip
 
 
-def table_line(cells: list[str], widths: list[int]) -> str:
+def _line(cells: list[str], widths: list[int]) -> str:
     """One line of a table, its cells as wide as their columns."""
     name, *figures = cells
     return "  ".join([name.ljust(widths[0]), *map(str.rjust, figures, widths[1:])])

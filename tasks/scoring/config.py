@@ -121,14 +121,20 @@ class SketchConfig(Config):
     """Seed of the bucket and sign hashes."""
 
     @property
+    def channels(self) -> dict[str, int]:
+        """Channel → its numbers, in the order in which they stand in a signature; 0 where it is left out."""
+        return {"rh": self.kh * self.kr, "gh": self.kh * self.kg, "mh": self.km}
+
+    @property
     def cuts(self) -> tuple[int, int]:
         """Where the GH and the MH channel begin in a signature."""
-        return self.kh * self.kr, self.kh * (self.kr + self.kg)
+        rh, gh, _ = self.channels.values()
+        return rh, rh + gh
 
     @property
     def dimension(self) -> int:
         """D = K_h (K_r + K_g) + K_m, the length of a signature."""
-        return self.cuts[1] + self.km
+        return sum(self.channels.values())
 
     @property
     def shape(self) -> str:

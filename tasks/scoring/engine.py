@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -111,6 +111,6 @@ def readout_factors(
             if sketcher.support not in residuals:
                 residuals[sketcher.support] = sparse_residuals(z_TV, label_chunk, sketcher.config, readout.head)
             made.append(sketcher.factors(h_chunk, residuals[sketcher.support]))
-    joined = [Factors(*(torch.cat([getattr(f, name) for f in made]) for name in ("r_TR", "g_TG", "h_TH", "m_Td")))
+    joined = [Factors(*(torch.cat([getattr(f, one.name) for f in made]) for one in fields(Factors)))
               for made in factors]  # fmt: skip
     return joined, torch.cat(nll) if losses else None
