@@ -257,7 +257,7 @@ class LmHeadConfig(_Method):
 
     def channel(self) -> RiseConfig:
         """RISE with its RH channel alone; the GH channel, one bucket wide, has weight 0 (K_h unused coordinates)."""
-        sketch = self.sketch.model_copy(update={"kg": 1, "lambda_rh": 1.0, "lambda_gh": 0.0})
+        sketch = self.sketch.model_copy(update={"kg": 1, "km": 0, "lambda_rh": 1.0, "lambda_gh": 0.0})
         return RiseConfig(sketch=sketch, calibration=self.calibration)
 
 

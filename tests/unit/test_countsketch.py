@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.scoring.config import SketchConfig
+from tasks.scoring.config import LmHeadConfig, SketchConfig
 from tasks.scoring.countsketch import CountSketch, sparse_projection
 
 SEEDS = 4000
@@ -106,3 +106,8 @@ def test_the_paper_s_sketch_is_called_as_before_the_third_channel() -> None:
     assert (SketchConfig().dimension, third.dimension, third.shape) == (6144, 6151, "128/24/128+7")
     assert SketchConfig(lambda_rh=0, kg=0).silent
     assert not SketchConfig(lambda_rh=0, kg=0, km=1).silent
+
+
+def test_the_lm_head_s_own_channel_reads_no_third_one() -> None:
+    asked = LmHeadConfig(variant="sparse-sketch", sketch=SketchConfig(kr=8, kh=3, km=7))
+    assert asked.channel().sketch.channels == {"rh": 24, "gh": 3, "mh": 0}
