@@ -12,7 +12,7 @@ from typing import Any
 from tasks.common.config import apply_setting, parse
 from tasks.common.elsewhere import at_hand
 from tasks.common.errors import InputError, one_line
-from tasks.common.files import LOCK, locked, nothing_left, sha256_file
+from tasks.common.files import LOCK, locked, nothing_left, remove_parts, sha256_file
 from tasks.pool.documents import read_documents, write_documents
 from tasks.scoring.config import FitConfig, RayConfig, ScorerConfig, SketchConfig, check_type
 
@@ -47,7 +47,7 @@ def build(
         raise InputError(f"--dtype {dtype} with --calibration {name}: {error}") from None
     _require_index(out, PLAN)
     with (
-        at_hand(data) as file, _as_parquet(file, on_bad_row, _shared(scorer, out)) as documents, locked(out),
+        at_hand(data) as file, _as_parquet(file, on_bad_row, _shared(scorer, out)) as documents, _held(out),
         nothing_left(out),
     ):  # fmt: skip
         count = build_index(documents, out, scorer, sketch, stored=dtype, fit=fit, data=sha256_file(file),
@@ -76,7 +76,7 @@ def convert(*, directory: Path, out: Path, dtype: Any, calibration: str | None, 
     name = calibration or ("median-bit" if dtype == "bit" else "none")
     fit = None if name == "none" else parse(FitConfig, {"name": name, "documents": fit_documents}, "options")
     _require_index(out, PLAN)
-    with locked(out), nothing_left(out):
+    with _held(out), nothing_left(out):
         count = convert_index(Index(directory), out, stored=dtype, fit=fit)
     return f"{count} documents in the index {out}"
 
@@ -99,7 +99,7 @@ def append(
     scorer = scorer_of(Index(directory), model=model, processes=processes, ray=_ray(runner, ray))
     with (
         at_hand(data) as file, _as_parquet(file, on_bad_row, _shared(scorer, directory)) as documents,
-        locked(directory),
+        _held(directory),
     ):  # fmt: skip
         count = append_index(documents, directory, scorer, data=sha256_file(file), label="index")
     return f"{count} documents added; {len(Index(directory))} in the index {directory}"
@@ -151,6 +151,14 @@ def verify(directory: Path) -> str:
 
     shards, documents = index.verify(directory)
     return f"{shards} shards, {documents} documents whole"
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Hold an index for a writer; what a killed one was writing is removed."""
+    with locked(directory):
+        remove_parts(directory)
+        yield
 
 
 def _require_index(out: Path, plan: str) -> None:

@@ -750,6 +750,27 @@ def test_info_and_verify_say_what_is_there(made: Path, model: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{shards} shards, 22 documents whole\n")
 
 
+def test_what_a_killed_writer_left_is_gone_when_the_next_one_has_ended(made: Path, model: Path, tmp_path: Path) -> None:
+    """A part has the number of the process that wrote it: who goes on writes another, and never over it."""
+    out, other = tmp_path / "index", tmp_path / "int8"
+    sketch = ["--kr", 16, "--kh", 6, "--kg", 12, "--precision", "float32"]
+    for written, command in (
+        (out, ["index", "build", "--model", model, "--data", made / "a.jsonl", "--out", out, *sketch]),
+        (out, ["index", "append", out, "--data", made / "b.jsonl"]),
+        (other, ["index", "convert", out, "--out", other, "--dtype", "int8"]),
+    ):
+        if written == other or "build" in command:  # begun, and killed as the first shard's entry was written
+            assert rise(*command).returncode == 0
+            (written / "manifest.json").unlink()
+            (written / "shards" / "00000.json").unlink()
+        part = written / "shards" / ".00000.documents.parquet.4711.part"
+        part.write_bytes(b"PAR1")
+        done = rise(*command)
+        assert done.returncode == 0, done.stderr
+        assert not part.exists(), command
+        assert rise("index", "verify", written).returncode == 0
+
+
 def test_attribute_ranks_the_documents_and_shows_no_control_character(made: Path, tmp_path: Path) -> None:
     done = rise("attribute", "--index", made / "index", "--text", "seven wizards box", "--top", 22, "--data",
                 made / "a.jsonl", "--data", made / "b.jsonl", "--out", tmp_path / "o.json")  # fmt: skip
