@@ -22,7 +22,7 @@ from flows.rundir import claimed, surroundings
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, sha256_json, write_json, write_text
 from tasks.common.models import locate, torch_dtype
-from tasks.common.stage import MANIFEST, Ref, find, run_stage
+from tasks.common.stage import MANIFEST, run_stage, whole, whole_or_none
 from tasks.face import reporter, settle, worth_retrying
 from tasks.pool import intake as intakes
 from tasks.pool.intake import Found, look, take_in
@@ -31,11 +31,13 @@ from tasks.scoring.growing import Place, QuerySet, grow, place_of, read_queries,
 from tasks.scoring.index import MANIFEST as INDEX_MANIFEST
 from tasks.scoring.index import Index
 from tasks.selection import publish as publishing
-from tasks.selection.curation_ledger import LEDGER, SELECTED, LedgerSeen, record, recorded
+from tasks.selection.curation_ledger import LEDGER, SELECTED, LedgerSeen, Recorded, record, recorded
 from tasks.selection.drift import READ
 from tasks.selection.publish import CARD_TEXT, RESULT, card_text, select_best
 
 BEGUN, RUN, LATEST = "begun.json", "run.json", "latest"
+CHECKED = 8
+"""Runs that are over, beside the last, whose files a run reads to see that they are as they were written."""
 _SHOWN = 30
 """Runs in the picture of the UI."""
 
@@ -82,27 +84,28 @@ def _take_in(config: CurationConfig, found: Sequence[Found], seen: LedgerSeen, d
 
 
 @task(name="score", task_run_name="score {run}")
-def _score(config: CurationConfig, place: Place, taken: Sequence[Path], *, run: int) -> dict[str, int]:
+def _score(
+    config: CurationConfig, place: Place, taken: Sequence[Path], documents: int, *, run: int
+) -> dict[str, int]:
     """Signatures of the documents that the index lacks."""
-    return grow(place, config.scorer, config.signature, taken, report=reporter("scoring new documents"))
+    return grow(place, config.scorer, config.signature, taken, documents, report=reporter("scoring new documents"))
 
 
 @task(name="select", task_run_name="select {run}")
 def _select(
     config: CurationConfig, place: Place, queries: QuerySet, taken: Sequence[Path], facts: dict[str, Any],
-    directory: str, *, run: int, same_scores: bool, published: Path | None,
+    out: Path, directory: str, *, run: int, since: int, published: Path | None,
 ) -> Any:  # fmt: skip
     """Search of the index for the queries, and the best under the budget."""
-    held = place if facts["index_documents"] else None
 
-    def work(out: Path) -> int:
-        scores = search_for(place, config.scorer, queries) if held else None
-        return select_best(held, scores, taken, out, budget=config.budget, positive=config.positive, facts=facts,
-                           same_scores=same_scores, published=published)  # fmt: skip
+    def work(into: Path) -> int:
+        scored = search_for(place, config.scorer, queries, taken, last=since < run)
+        return select_best(out, taken[-1], scored, into, run=run, since=since, documents=facts["index_documents"],
+                           budget=config.budget, positive=config.positive, facts=facts, published=published)
 
     return settle(run_stage(
         Path(directory), stage="result", version=publishing.VERSION,
-        config={"budget": config.budget.plain(), "positive": config.positive, "same_scores": same_scores},
+        config={"budget": config.budget.plain(), "positive": config.positive, "since": since},
         inputs={"facts": sha256_json(facts), "published": str(published and published.parent.name)}, work=work,
     ))  # fmt: skip
 
@@ -123,24 +126,24 @@ class _Curation:
     def __init__(self, config: CurationConfig, out: Path) -> None:
         self.config, self.out = config, out
         self.log = get_run_logger()
-        self.intake_digests: dict[int, str] = {}
-        """Of the runs that are over."""
+        self.known: dict[int, Recorded] = {}
+        """The runs that are over, as the ledger has them."""
 
     def run(self) -> dict[str, Any]:
         """Finish the run that was killed, then make one if anything is new."""
         self.check()
-        number = len(self.finished()) + 1
-        if _found(self.folder(number) / "result") is not None:
+        number = len(self.known) + 1
+        if whole_or_none(self.folder(number) / "result") is not None:
             self.finish(number)
             number += 1
         place = place_of(self.out, self.config.scorer, self.config.signature)
         queries = read_queries(self.config.queries)
         taken = self.folder(number) / "intake"
         if not (taken / MANIFEST).exists():
-            seen = LedgerSeen(self.out / LEDGER, {run: self.folder(run) / "intake" for run in self.finished()})
+            seen = LedgerSeen(self.out / LEDGER, {run: self.folder(run) / "intake" for run in self.known})
             found = look(self.config.intake, seen, self.out / "digests.json")
             if not found and number > 1 and self.basis(place, queries) == self.result(number - 1)["basis"]:
-                return self.outcome("nothing is new")
+                return self.outcome(number - 1, "nothing is new")
             if not (self.folder(number) / BEGUN).exists():
                 write_json(self.folder(number) / BEGUN, {"started": _now()}, checked=True)
             state = _take_in(self.config, found, seen, str(taken), run=number, return_state=True)
@@ -151,25 +154,38 @@ class _Curation:
     def check(self) -> None:
         """See that the runs that are over are as they were written; make what is made of them again where it is not.
 
+        The files of some of them are read (:func:`in_turn`), so that a night takes no longer however many there were.
+        Whatever a run is made from is looked at where it is read.
+
         Raises:
             InputError: naming what is missing or damaged.
         """
-        finished, known = self.finished(), recorded(self.out / LEDGER)
-        for number in range(1, len(finished) + 1):
-            if number not in finished:
-                raise InputError("is missing; restore it from a copy", file=self.folder(number) / RUN)
-            entry = read_json(self.folder(number) / RUN)["entry"]
-            self.intake_digests[number] = _whole(self.folder(number) / "intake").digest
-            _whole(self.folder(number) / "result")
+        finished = self.finished()
+        if missing := {*range(1, len(finished) + 1)} - {*finished}:
+            raise InputError("is missing; restore it from a copy", file=self.folder(min(missing)) / RUN)
+        known = recorded(self.out / LEDGER)
+        for number in sorted(in_turn(len(finished)) | ({*finished} - {*known})):
+            entry = self.entry(number)
+            whole(self.folder(number) / "intake")
+            self.result(number)
             if number not in known:
                 self.remember(entry)
-        standing = next((number for number in reversed(finished) if self.result(number)["publish"]), None)
-        if standing is not None:
-            if _found(self.selection(standing)) is None:
+        self.read_ledger()
+        if standing := self.standing():
+            if whole_or_none(self.selection(standing)) is None:
                 state = _publish(self.folder(standing) / "result", self.intakes(standing),
                                  str(self.selection(standing)), run=standing, return_state=True)  # fmt: skip
                 state.result()
             self.point(standing)
+
+    def read_ledger(self) -> None:
+        """Ask it for the runs that are over; a run that was killed can stand in it already."""
+        finished = {*self.finished()}
+        self.known = {run: entry for run, entry in recorded(self.out / LEDGER).items() if run in finished}
+
+    def standing(self) -> int | None:
+        """The run whose selection stands."""
+        return max((run for run, entry in self.known.items() if entry.published), default=None)
 
     def point(self, run: int) -> None:
         """Let ``latest`` name the selection of a run."""
@@ -188,9 +204,22 @@ class _Curation:
         """Numbers of the runs that are over."""
         return sorted(int(path.parent.name) for path in (self.out / "runs").glob(f"*/{RUN}"))
 
+    def entry(self, run: int) -> dict[str, Any]:
+        """What the ledger has of a run that is over."""
+        return dict(read_json(self.folder(run) / RUN)["entry"])
+
     def result(self, run: int) -> dict[str, Any]:
-        """What a run found."""
-        return dict(read_json(self.folder(run) / "result" / RESULT))
+        """What a run found.
+
+        Raises:
+            InputError: a file of it is damaged, or another version of this program made it.
+        """
+        folder = self.folder(run) / "result"
+        whole(folder)
+        if read_json(folder / MANIFEST)["version"] != publishing.VERSION:
+            raise InputError("was made by another version of this program; go on with that, or begin another "
+                             "directory", file=folder)  # fmt: skip
+        return dict(read_json(folder / RESULT))
 
     def intakes(self, run: int) -> list[Path]:
         """Intakes of all runs up to this one."""
@@ -203,33 +232,33 @@ class _Curation:
 
     def make(self, run: int, place: Place, queries: QuerySet) -> None:
         """Score what this run took in and select from everything."""
-        config, before = self.config, [self.result(number) for number in range(1, run)]
-        intake = _whole(self.folder(run) / "intake")
-        total = intake.rows + sum(result["new"] for result in before)
+        config, last = self.config, self.result(run - 1) if run > 1 else None
+        intake = whole(self.folder(run) / "intake")
+        total = intake.rows + (last["documents"] if last else 0)
         held = {"documents": 0, "tokens": 0}
         if total:
-            state = _score(config, place, self.intakes(run), run=run, return_state=True)
+            state = _score(config, place, self.intakes(run), total, run=run, return_state=True)
             held = state.result()
-        last = next((result for result in reversed(before) if result["basis"]["index"] == place.key), None)
-        published = next((result["run"] for result in reversed(before) if result["publish"]), None)
+        earlier = [entry for entry in self.known.values() if entry.index == place.key]
+        standing = self.standing()
         dropped, skipped = _left_out(intake.dir)
         basis = self.basis(place, queries)
         facts = {
             "name": config.name, "title": config.title, "basis": basis, "config": config.plain(),
             "config_digest": sha256_json(config.plain()), "index_documents": held["documents"],
             "index_tokens": held["tokens"], "duplicates": dropped, "skipped": skipped,
-            "scored_documents": held["documents"] - (last["index_documents"] if last else 0),
-            "scored_tokens": held["tokens"] - (last["index_tokens"] if last else 0),
-            "intakes": [*(self.intake_digests[number] for number in range(1, run)), intake.digest],
+            "scored_documents": held["documents"] - sum(entry.scored_documents for entry in earlier),
+            "scored_tokens": held["tokens"] - sum(entry.scored_tokens for entry in earlier),
+            "made_of": [self.entry(run - 1)["digest"] if last else None, intake.digest],
             "index_digest": read_json(place.index / INDEX_MANIFEST)["sha256"] if total else None,
             "why": {"queries": str(config.queries), "count": len(queries.table)},
             "by": self.model() | {"stored": config.signature.stored, "sketch": config.signature.sketch.plain(),
                                   **(_fit(Index(place.index)) if total else {"calibration": "none"})},
         }  # fmt: skip
-        same = bool(before) and all(before[-1]["basis"][name] == basis[name] for name in ("index", "queries"))
-        state = _select(config, place, queries, self.intakes(run), facts, str(self.folder(run) / "result"), run=run,
-                        same_scores=same, published=self.folder(published) / "result" if published else None,
-                        return_state=True)  # fmt: skip
+        same = last is not None and all(last["basis"][name] == basis[name] for name in ("index", "queries"))
+        state = _select(config, place, queries, self.intakes(run), facts, self.out, str(self.folder(run) / "result"),
+                        run=run, since=last["since"] if last and same else run,
+                        published=self.folder(standing) / "result" if standing else None, return_state=True)
         state.result()
 
     def model(self) -> dict[str, Any]:
@@ -241,12 +270,12 @@ class _Curation:
     def finish(self, run: int) -> dict[str, Any]:
         """Publish what a run selected, write it into the ledger, and end the run; from its files alone."""
         folder, result = self.folder(run), self.result(run)
-        refs = [_whole(folder / "intake"), _whole(folder / "result")]
+        refs = [whole(folder / "intake"), whole(folder / "result")]
         selection = self.selection(run)
         if result["publish"]:
             state = _publish(folder / "result", self.intakes(run), str(selection), run=run, return_state=True)
             refs.append(state.result())
-        earlier = read_json(self.folder(run - 1) / RUN)["entry"]["digest"] if run > 1 else None
+        earlier = self.entry(run - 1)["digest"] if run > 1 else None
         entry = {
             "run": run, "started": read_json(folder / BEGUN)["started"], "finished": _now(),
             "config_digest": result["config_digest"],
@@ -261,9 +290,10 @@ class _Curation:
         if result["publish"]:
             self.point(run)
         write_json(folder / RUN, {"entry": entry, "surroundings": surroundings(sys.argv)}, checked=True)
-        self.intake_digests[run] = refs[0].digest
-        outcome = self.outcome("published" if result["publish"] else "the selection is as it was" if result["selected"]
-                               else "no document is within the budget")  # fmt: skip
+        self.read_ledger()
+        what = ("published" if result["publish"] else "the selection is as it was" if result["selected"]
+                else "no document is within the budget")  # fmt: skip
+        outcome = self.outcome(run, what)
         _show([self.result(number) for number in range(max(1, run - _SHOWN + 1), run + 1)], outcome)
         return outcome
 
@@ -272,10 +302,9 @@ class _Curation:
         folder = self.folder(entry["run"])
         record(self.out / LEDGER, entry, folder / "intake", folder / "result")
 
-    def outcome(self, what: str) -> dict[str, Any]:
-        """What the flow returns, of the run that is over."""
-        run = self.finished()[-1]
-        entry = read_json(self.folder(run) / RUN)["entry"]
+    def outcome(self, run: int, what: str) -> dict[str, Any]:
+        """What the flow returns, of the last run that is over."""
+        entry = self.entry(run)
         latest = self.out / LATEST
         standing = str(self.out / latest.read_text(encoding="utf-8").strip()) if latest.exists() else None
         outcome = {"run": run, "what": what, "digest": entry["digest"], "new": entry["new_documents"],
@@ -286,29 +315,22 @@ class _Curation:
         return outcome
 
 
+def in_turn(runs: int) -> set[int]:
+    """Of so many runs that are over those whose files are looked at now: the last, and :data:`CHECKED` more at most.
+
+    While their number is between two powers of two a window goes round over as many places as the larger one, so that
+    each run is looked at once in 2 ``runs`` / :data:`CHECKED` runs.
+    """
+    if not runs:
+        return set()
+    places = 1 << (runs - 1).bit_length()
+    window = {(CHECKED * runs + place) % places + 1 for place in range(CHECKED)}
+    return {runs, *(run for run in window if run <= runs)}
+
+
 def _now() -> str:
     """The time in UTC, as the ledger has it."""
     return datetime.now(UTC).replace(tzinfo=None).isoformat(sep=" ", timespec="seconds")
-
-
-def _whole(directory: Path) -> Ref:
-    """The reference to a stage's whole result, whatever it was made from.
-
-    Raises:
-        InputError: it is not there.
-    """
-    ref = _found(directory)
-    if ref is None:
-        raise InputError("is damaged, or not whole; restore it from a copy", file=directory)
-    return ref
-
-
-def _found(directory: Path) -> Ref | None:
-    """The same, or None."""
-    try:
-        return find(directory, str(read_json(directory / MANIFEST)["key"]))
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return None
 
 
 def _fit(index: Index) -> dict[str, Any]:

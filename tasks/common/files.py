@@ -188,7 +188,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 def remove_parts(directory: Path) -> None:
     """Remove what a killed process was writing by :func:`whole_file` below a directory that nobody is at work in."""
-    for pattern in (".*.part", ".*.part.wal"):
-        for part in directory.rglob(pattern):
-            if part.is_file():
-                part.unlink()
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if name.startswith(".") and name.endswith((".part", ".part.wal")):
+                os.unlink(os.path.join(folder, name))

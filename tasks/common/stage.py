@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tasks.common.errors import InputError
 from tasks.common.files import read_json, remove_parts, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
@@ -78,6 +79,26 @@ def find(directory: Path, key: str) -> Ref | None:
     if digest_directory(directory) != ref.digest:
         print(f"{directory}: is damaged: a file in it is not what was written", file=sys.stderr)
         return None
+    return ref
+
+
+def whole_or_none(directory: Path) -> Ref | None:
+    """The reference to a whole result, whatever it was made from, or None."""
+    try:
+        return find(directory, str(read_json(directory / MANIFEST)["key"]))
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+
+
+def whole(directory: Path) -> Ref:
+    """The same of a result that must be there.
+
+    Raises:
+        InputError: it is not, or a file of it has changed.
+    """
+    ref = whole_or_none(directory)
+    if ref is None:
+        raise InputError("is damaged, or not whole; restore it from a copy", file=directory)
     return ref
 
 

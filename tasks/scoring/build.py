@@ -167,19 +167,21 @@ def append_index(
     scorer: ScorerConfig,
     *,
     data: str | None = None,
+    new: bool = False,
     label: str = "readout",
     report: Report | None = None,
 ) -> int:
     """Add the documents of a Parquet file to a whole index, or go on with that; the shards it has stay as they are.
 
     The index can be read as it was until the append is whole. Its calibration stays the one that was fitted when it was
-    built. The work is that of the new documents, and a look at the ids of the old ones.
+    built. The work is that of the new documents, and a look at the ids of the old ones unless they are known to be new.
 
     Args:
         documents: Parquet with doc_id and text.
         out: the index.
         scorer: the model the index was made with; see :func:`scorer_of`.
         data: SHA-256 of the file the documents came from; None takes that of ``documents``.
+        new: the caller knows that the index has none of the documents.
         label: shown beside the progress bar.
         report: told the share done.
 
@@ -202,7 +204,8 @@ def append_index(
     if _added(out, manifest, batch):
         (out / APPEND).unlink()
         return batch.count
-    _refuse_known(whole, batch.groups[0].doc_ids)
+    if not new:
+        _refuse_known(whole, batch.groups[0].doc_ids)
     whole.check_calibration()
     first = len(whole.shards)
     _claim_append(out, {"first": first, "documents": batch.digest, "batch_tokens": scorer.batch_tokens,

@@ -20,13 +20,14 @@ from tasks.common.errors import InputError
 from tasks.common.files import canonical_json, intact, read_json, sha256_json, whole_file, write_json
 from tasks.common.models import locate, torch_dtype
 from tasks.common.progress import Report
+from tasks.common.stage import whole
 from tasks.pool.documents import content_id, read_documents, write_documents
 from tasks.pool.intake import DOCUMENTS, KEPT, read_texts
 from tasks.scoring import index
 from tasks.scoring.build import APPEND, VERSION, append_index, build_index, query_index
 from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
 from tasks.scoring.index import Index
-from tasks.scoring.search import Scores, score
+from tasks.scoring.search import score
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,28 +90,28 @@ def place_of(root: Path, scorer: ScorerConfig, signature: SignatureConfig) -> Pl
 
 
 def grow(
-    place: Place, scorer: ScorerConfig, signature: SignatureConfig, intakes: Sequence[Path], *,
+    place: Place, scorer: ScorerConfig, signature: SignatureConfig, intakes: Sequence[Path], documents: int, *,
     report: Report | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Bring an index up to the documents of all runs, or go on with that; what it holds is not scored again.
 
     An index is begun with the documents of all runs so far; then every run's documents are one append, so that an
-    append that was killed is finished before the next.
+    append that was killed is finished before the next. Only the intakes of runs that the index lacks are read.
 
     Args:
         place: where the index stands.
         scorer: the model.
         signature: what is kept of a document.
         intakes: the runs' intakes from the first on, at least one of them with a document.
+        documents: how many all of them have.
         report: told the share done.
 
     Returns:
         ``documents`` and ``tokens`` (as the scorer read them) of the index.
 
     Raises:
-        InputError: the index holds other documents.
+        InputError: the index holds other documents, or an intake is damaged.
     """
-    counts = [_rows(intake) for intake in intakes]
     if not place.begun.exists():
         write_json(place.begun, {"runs": len(intakes), "model": scorer.model, "revision": scorer.revision,
                                  "batch_tokens": scorer.batch_tokens, "shard_tokens": scorer.shard_tokens,
@@ -120,31 +121,43 @@ def grow(
     planned = scorer.model_copy(update={name: begun[name] for name in ("batch_tokens", "shard_tokens")})
     first = begun["runs"]
     if not (place.index / index.MANIFEST).exists():
-        documents = intakes[0] / DOCUMENTS
+        for intake in intakes[:first]:
+            whole(intake)
+        together = intakes[0] / DOCUMENTS
         if first > 1:
-            documents = place.index.with_suffix(".documents.parquet")
-            _join(intakes[:first], documents)
-        build_index(documents, place.index, planned, signature.sketch, stored=signature.stored, fit=signature.fit,
+            together = place.index.with_suffix(".documents.parquet")
+            _join(intakes[:first], together)
+        build_index(together, place.index, planned, signature.sketch, stored=signature.stored, fit=signature.fit,
                     label="scoring", report=report)  # fmt: skip
     place.index.with_suffix(".documents.parquet").unlink(missing_ok=True)
-    for run in range(first, len(intakes)):
-        if counts[run] and len(Index(place.index)) < sum(counts[: run + 1]):
-            append_index(intakes[run] / DOCUMENTS, place.index, planned, label="scoring", report=report)
-    for run, intake in enumerate(intakes, 1):
-        if not intact(place.tokens(run)):
-            _write(place.tokens(run), _lengths(scorer, intake / DOCUMENTS), noted=True)
-    whole = Index(place.index)
-    if len(whole) != sum(counts):
-        raise InputError(f"holds {len(whole)} documents, and the runs took in {sum(counts)}; restore it from a copy, "
-                         "or remove it to score them again", file=place.index)  # fmt: skip
+    for run in _lacking(place, intakes, first, documents):
+        append_index(intakes[run - 1] / DOCUMENTS, place.index, planned, new=True, label="scoring", report=report)
     (place.index / APPEND).unlink(missing_ok=True)  # of an append that was killed when the index was whole
-    return {"documents": len(whole), "tokens": sum(batch["tokens"] for batch in whole.manifest["batches"])}
+    for run, intake in enumerate(intakes, 1):
+        if not place.tokens(run).exists():
+            _lengths(place, scorer, run, intake)
+    made = Index(place.index).manifest["batches"]
+    return {name: sum(batch[name] for batch in made) for name in ("documents", "tokens")}
 
 
-def _rows(intake: Path) -> int:
-    import pyarrow.parquet as pq
+def _lacking(place: Place, intakes: Sequence[Path], first: int, documents: int) -> list[int]:
+    """The runs after the ``first`` whose documents an index lacks, in order; the index has whole runs.
 
-    return pq.ParquetFile(intake / DOCUMENTS).metadata.num_rows
+    Raises:
+        InputError: it has neither all documents nor all but those of some last runs.
+    """
+    held = len(Index(place.index))
+    left, runs = documents - held, list[int]()
+    for run in range(len(intakes), first, -1):
+        if left <= 0:
+            break
+        if rows := whole(intakes[run - 1]).rows:
+            left -= rows
+            runs.append(run)
+    if left:
+        raise InputError(f"holds {held} documents, and the runs took in {documents}; restore it from a copy, or remove "
+                         "it to score them again", file=place.index)  # fmt: skip
+    return runs[::-1]
 
 
 def _join(intakes: Sequence[Path], out: Path) -> None:
@@ -160,10 +173,18 @@ def _write(path: Path, table: pa.Table, *, noted: bool = False) -> None:
         pq.write_table(table, part, compression="zstd")
 
 
-def _lengths(scorer: ScorerConfig, documents: Path) -> pa.Table:
+def _lengths(place: Place, scorer: ScorerConfig, run: int, intake: Path) -> dict[str, int]:
+    """Document → its length in tokens, of the documents of a run; counted once."""
+    import pyarrow.parquet as pq
+
     from tasks.scoring.methods import token_counts
 
-    return token_counts(scorer.model_copy(update={"max_length": UNCUT}), documents)
+    if not intact(place.tokens(run)):
+        whole(intake)
+        uncut = scorer.model_copy(update={"max_length": UNCUT})
+        _write(place.tokens(run), token_counts(uncut, intake / DOCUMENTS), noted=True)
+    counted = pq.read_table(place.tokens(run))
+    return dict(zip(counted["doc_id"].to_pylist(), counted["n_tokens"].to_pylist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -187,31 +208,69 @@ def read_queries(path: Path) -> QuerySet:
     return QuerySet(table, content_id(canonical_json([[doc_id, text] for doc_id, text in pairs])))
 
 
-def search_for(place: Place, scorer: ScorerConfig, queries: QuerySet) -> Scores:
-    """Scores of all documents of an index for a query set, whose signatures are made once.
+SCORED = (("doc_id", "string"), ("score", "double"), ("n_tokens", "int32"), ("query", "string"))
+"""Columns of :func:`search_for`, and their types."""
+
+
+def search_for(
+    place: Place, scorer: ScorerConfig, queries: QuerySet, intakes: Sequence[Path], *, last: bool
+) -> pa.Table:
+    """What a query set says of the documents of an index, whose own signatures are made once.
+
+    Args:
+        place: where the index stands.
+        scorer: the model.
+        queries: what is wanted.
+        intakes: the runs' intakes from the first on, all in the index.
+        last: score the documents of the last of them alone.
+
+    Returns:
+        ``doc_id``, ``score`` (mean over the queries), ``n_tokens`` (whole document), ``query`` (the one that the
+        document matches best; of equal ones the smallest id), by id.
 
     Raises:
-        InputError: no query has two tokens.
+        InputError: no query has two tokens, or the model gives scores that are no numbers.
     """
     import numpy as np
+    import pyarrow as pa
 
+    runs = range(len(intakes) if last else 1, len(intakes) + 1)
+    length: dict[str, int] = {}
+    for run in runs:
+        length |= _lengths(place, scorer, run, intakes[run - 1])
+    schema = pa.schema(list(SCORED))
+    if not length:
+        return schema.empty_table()
+    made, asked = Index(place.index), _asked(place, scorer, queries)
+    found = score(made, asked, calibrated=made.calibration_name, first=len(made) - len(length))
+    assert found.per_query is not None  # RISE looks at the queries
+    if not np.isfinite(found.mean).all():
+        raise InputError("gives scores that are no numbers; check the model", file=scorer.model)
+    order = np.argsort(np.array(found.query_ids, dtype=object), kind="stable")
+    best_N = order[found.per_query[order].argmax(axis=0)]
+    return pa.table({
+        "doc_id": found.doc_ids, "score": found.mean + 0.0,  # turns -0.0 into 0.0
+        "n_tokens": [length[doc_id] for doc_id in found.doc_ids],
+        "query": [found.query_ids[query] for query in best_N],
+    }, schema=schema).sort_by("doc_id")  # fmt: skip
+
+
+def _asked(place: Place, scorer: ScorerConfig, queries: QuerySet) -> Index:
+    """The index of a query set, made where it is not whole."""
     from tasks.scoring.calibration import empty
 
-    whole, out = Index(place.index), place.queries(queries.digest)
+    out = place.queries(queries.digest)
     documents = out.with_suffix(".documents.parquet")
     if not _sound(out):
         shutil.rmtree(out, ignore_errors=True)  # an unfinished one may be of another plan of shards; seconds
         write_documents(documents, queries.table)
-        query_index(whole, documents, out, model=None if scorer.revision else scorer.model)
+        query_index(Index(place.index), documents, out, model=None if scorer.revision else scorer.model)
     documents.unlink(missing_ok=True)
     asked = Index(out)
     if all(bool(empty(block).all()) for block in asked.blocks()):
         raise InputError("every query is a single token, so nothing in it is predicted; give more text",
                          field="queries")  # fmt: skip
-    found = score(whole, asked, calibrated=whole.calibration_name)
-    if not np.isfinite(found.mean).all():
-        raise InputError("gives scores that are no numbers; check the model", file=scorer.model)
-    return found
+    return asked
 
 
 def _sound(directory: Path) -> bool:
@@ -221,13 +280,3 @@ def _sound(directory: Path) -> bool:
     except InputError:
         return False
     return True
-
-
-def best_query(scores: Scores, places: Sequence[int]) -> list[str]:
-    """Id of the query that each of some documents matches best; of equal ones the smallest."""
-    import numpy as np
-
-    assert scores.per_query is not None  # RISE looks at the queries
-    order = np.argsort(np.array(scores.query_ids, dtype=object), kind="stable")
-    values_QK = scores.per_query[order][:, list(places)]
-    return [scores.query_ids[order[row]] for row in values_QK.argmax(axis=0)]

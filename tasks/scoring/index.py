@@ -9,6 +9,7 @@ sees the old index or the new one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,9 +77,10 @@ def shard_done(directory: Path, number: int) -> bool:
 
 def remove_shards(directory: Path, first: int) -> None:
     """Remove every shard from number ``first`` on: what is left of an append that was given up."""
-    for file in sorted((directory / "shards").glob("*.*")):
-        if file.name[:5].isdigit() and int(file.name[:5]) >= first:
-            file.unlink()
+    with os.scandir(directory / "shards") as files:
+        left = sorted(file.path for file in files if file.name[:5].isdigit() and int(file.name[:5]) >= first)
+    for path in left:
+        os.unlink(path)
 
 
 def write_shard(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class Hit:
     """Where its signature stands in the index."""
 
 
-def score(pool: Index, queries: Index, *, calibrated: str = "none") -> Scores:
+def score(pool: Index, queries: Index, *, calibrated: str = "none", first: int = 0) -> Scores:
     """score(x_i) = φ(x_i)ᵀ φ̄_Q (Algorithm 1), with both sides calibrated by what the pool alone says.
 
     Args:
@@ -52,31 +52,38 @@ def score(pool: Index, queries: Index, *, calibrated: str = "none") -> Scores:
         queries: signatures of the queries, not calibrated (any type but ``bit``).
         calibrated: name of the calibration; the one that the index keeps is used as it is, another is fitted here.
             With ``+spread`` a document's scores are divided by their spread (:mod:`tasks.scoring.spread`).
+        first: place of the first document that is scored, where a shard begins; those before it are not read where
+            the index keeps the calibration.
 
     Raises:
         InputError: the calibration does not go with the pool's type.
+        ValueError: no shard begins at ``first``, or none is left.
     """
+    if first not in pool.starts[:-1]:
+        raise ValueError(f"no shard begins at document {first}")
+    shards = pool.shards[int(np.searchsorted(pool.starts, first)) :]
+    doc_ids = [doc_id for shard in shards for doc_id in shard.doc_ids().to_pylist()]
     standardize = calibrated.endswith(SPREAD)
     own = calibrated == pool.calibration_name
     fitted = pool.calibration if own else fitted_for(pool, calibrated.removesuffix(SPREAD))
     query_QD = np.concatenate(list(queries.blocks()))
     if pool.stored == "bit":
         assert isinstance(fitted, MedianBit)  # check_type saw to it
-        per_query, mean = _score_bits(pool, query_QD, fitted, standardize, own)
-        return Scores(pool.doc_ids, mean, queries.doc_ids, per_query)
+        per_query, mean = _score_bits(pool, shards, query_QD, fitted, standardize, own)
+        return Scores(doc_ids, mean, queries.doc_ids, per_query)
     query_QD = fitted.apply(query_QD)
     pooled_D = query_QD.mean(axis=0, dtype=np.float64)
     spread = _spread(pool, fitted) if standardize and not own else None
     products: list[NDArray[np.float32]] = []
     means: list[NDArray[np.float64]] = []
-    for shard in pool.shards:
+    for shard in shards:
         for start in range(0, len(shard), _ROWS):
             rows = slice(start, start + _ROWS)
             phi_ND = fitted.apply(shard.signatures(rows))
             unit_N = _unit(shard, rows, phi_ND, spread, kept=standardize and own)
             products.append(query_QD @ phi_ND.T / unit_N)
             means.append(phi_ND.astype(np.float64) @ pooled_D / unit_N)
-    return Scores(pool.doc_ids, np.concatenate(means), queries.doc_ids, np.concatenate(products, axis=1))
+    return Scores(doc_ids, np.concatenate(means), queries.doc_ids, np.concatenate(products, axis=1))
 
 
 def _spread(pool: Index, fitted: Fitted) -> Spread:
@@ -122,14 +129,14 @@ def fitted_for(pool: Index, calibrated: str) -> Fitted:
 
 
 def _score_bits(
-    pool: Index, query_QD: Signatures, fitted: MedianBit, standardize: bool, own: bool
+    pool: Index, shards: Sequence[Shard], query_QD: Signatures, fitted: MedianBit, standardize: bool, own: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Scores (Q, N) and their mean (N,)."""
     agreement = _bits(query_QD, fitted)
     spread = _spread(pool, fitted) if standardize and not own else None
     products: list[NDArray[np.float32]] = []
     means: list[NDArray[np.float64]] = []
-    for shard in pool.shards:
+    for shard in shards:
         for start in range(0, len(shard), _ROWS):
             rows = slice(start, start + _ROWS)
             whole_NQ = agreement(shard, rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -48,11 +48,22 @@ class BudgetConfig(Config):
         return math.floor(quota * (self.documents or 0) + 1e-9) if quota < 1 else quota
 
 
-def choose(
-    budget: BudgetConfig, doc_ids: Sequence[str], scores: Sequence[float], sources: Sequence[str],
-    tokens: Sequence[int],
-) -> list[int]:  # fmt: skip
-    """Places of the selected documents, best first; ties by id.
+class Ranked(Protocol):
+    """What a limit looks at in a document."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def n_tokens(self) -> int: ...
+
+
+Document = TypeVar("Document", bound=Ranked)
+
+
+def choose(budget: BudgetConfig, best: Iterable[Document]) -> list[Document]:
+    """The selected documents, in the order in which they come.
 
     Going down the ranking, a document whose source has had its quota is passed over. The first document that does not
     fit into the rest of the tokens ends the selection, so that nothing worse fills the gap; one longer than the whole
@@ -60,27 +71,24 @@ def choose(
 
     Args:
         budget: the limits.
-        doc_ids: ids of N documents.
-        scores: their scores, the higher the better.
-        sources: their sources.
-        tokens: their lengths.
+        best: the documents, best first; no more of them are taken than is needed.
     """
-    chosen: list[int] = []
+    chosen: list[Document] = []
     taken: Counter[str] = Counter()
     spent = 0
-    for place in sorted(range(len(doc_ids)), key=lambda place: (-scores[place], doc_ids[place])):
-        if budget.documents is not None and len(chosen) == budget.documents:
+    for document in best:
+        if budget.threshold is not None and document.score < budget.threshold:
             break
-        if budget.threshold is not None and scores[place] < budget.threshold:
-            break
-        if taken[sources[place]] >= budget.quota(sources[place]):
+        if taken[document.source] >= budget.quota(document.source):
             continue
         if budget.tokens is not None:
-            if tokens[place] > budget.tokens:
+            if document.n_tokens > budget.tokens:
                 continue
-            if spent + tokens[place] > budget.tokens:
+            if spent + document.n_tokens > budget.tokens:
                 break
-        chosen.append(place)
-        taken[sources[place]] += 1
-        spent += tokens[place]
+        chosen.append(document)
+        taken[document.source] += 1
+        spent += document.n_tokens
+        if len(chosen) == budget.documents:
+            break
     return chosen

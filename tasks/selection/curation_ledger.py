@@ -7,14 +7,16 @@ that is recorded twice stands in it once, and a ledger that was lost is made aga
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.files import read_json
+from tasks.common.stage import whole
 from tasks.pool.intake import DOCUMENTS, DROPPED, FILES
-from tasks.selection.database import connect, digest_tables, new_tables, open_tables
+from tasks.selection.database import columns_of, connect, digest_tables, make_tables, new_tables, open_tables
 
 if TYPE_CHECKING:
     import duckdb
@@ -39,14 +41,14 @@ TABLES = {
     ),
     "files": "run INTEGER, file VARCHAR, sha256 VARCHAR",
     "bands": "run INTEGER, hash UBIGINT, doc_id VARCHAR",
-    "scores": "run INTEGER, doc_id VARCHAR, score DOUBLE",
+    "scores": "run INTEGER, doc_id VARCHAR, score DOUBLE, n_tokens INTEGER, query VARCHAR",
     "selections": "run INTEGER, doc_id VARCHAR, rank INTEGER, score DOUBLE, query VARCHAR",
     "drift": "run INTEGER, what VARCHAR, value DOUBLE",
 }  # fmt: skip
 """Tables and their columns. ``scores`` has a run's new documents; where the queries or the index changed, all
-documents: a document's score at a run is its latest row up to it. ``selections`` has the runs that published one;
-``query`` is the query that the document matches best. ``dropped`` are repeats of the document ``of``; ``bands`` find
-the candidates for near duplicates."""
+documents: a document's score at a run is its latest row up to it. ``n_tokens`` is the document's length in the scorer's
+tokens, ``query`` the query that it matches best. ``selections`` has the runs that published one. ``dropped`` are
+repeats of the document ``of``; ``bands`` find the candidates for near duplicates."""
 UNDIGESTED = frozenset({("runs", "started"), ("runs", "finished"), ("runs", "config_digest")})
 """Columns in which two equal runs over copies of one source can differ."""
 _RUN = {"documents": "first_run"}
@@ -65,12 +67,35 @@ def open_curation(path: Path) -> AbstractContextManager[duckdb.DuckDBPyConnectio
     return open_tables(path, TABLES, maker="rise curate", way_out=_WAY_OUT)
 
 
-def recorded(path: Path) -> set[int]:
-    """Numbers of the runs in the ledger; none without one."""
-    if not path.exists():
-        return set()
-    with open_curation(path) as con:
-        return {run for (run,) in con.execute("SELECT run FROM runs").fetchall()}
+@contextmanager
+def open_or_empty(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The same of a ledger that need not be there yet: then its tables are there, and empty."""
+    if path.exists():
+        with open_curation(path) as con:
+            yield con
+        return
+    with connect(Path(":memory:"), read_only=False) as con:
+        make_tables(con, TABLES)
+        yield con
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run that is over, as the ledger has it."""
+
+    index: str
+    """Name of the index that it searched."""
+    scored_documents: int
+    """Documents that it put into that index."""
+    scored_tokens: int
+    published: bool
+
+
+def recorded(path: Path) -> dict[int, Recorded]:
+    """The runs in the ledger, in order; none without one."""
+    with open_or_empty(path) as con:
+        rows = con.execute("SELECT run, index, scored_documents, scored_tokens, published FROM runs ORDER BY run")
+        return {run: Recorded(*row) for run, *row in rows.fetchall()}
 
 
 def record(path: Path, entry: Mapping[str, Any], intake: Path, result: Path) -> None:
@@ -99,22 +124,19 @@ def record(path: Path, entry: Mapping[str, Any], intake: Path, result: Path) -> 
                     [run, str(intake / DROPPED)])  # fmt: skip
         files = sorted(read_json(intake / FILES).items())
         _insert(con, "files", [(run, file, sha256) for file, sha256 in files])
-        con.execute("INSERT INTO scores SELECT ?, doc_id, score FROM read_parquet(?)", [run, str(result / SCORES)])
+        con.execute("INSERT INTO scores SELECT ?, doc_id, score, n_tokens, query FROM read_parquet(?)",
+                    [run, str(result / SCORES)])  # fmt: skip
         if entry["published"]:
             con.execute("INSERT INTO selections SELECT ?, doc_id, rank, score, query FROM read_parquet(?)",
                         [run, str(result / SELECTED)])  # fmt: skip
         _insert(con, "drift", [(run, what, value) for what, value in read_json(result / DRIFT).items()])
-        _insert(con, "runs", [tuple(entry[name] for name in _names("runs"))])
+        _insert(con, "runs", [tuple(entry[name] for name in columns_of(TABLES["runs"]))])
         con.execute("COMMIT")
 
 
 def _insert(con: duckdb.DuckDBPyConnection, table: str, values: list[tuple[Any, ...]]) -> None:
     if values:
         con.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values[0]))})", values)
-
-
-def _names(table: str) -> list[str]:
-    return [column.split()[0] for column in TABLES[table].split(", ")]
 
 
 class LedgerSeen:
@@ -166,6 +188,7 @@ class LedgerSeen:
     def _texts(self, run: int, doc_ids: set[str]) -> dict[str, str]:
         import pyarrow.parquet as pq
 
+        whole(self._intakes[run])
         table = pq.read_table(self._intakes[run] / DOCUMENTS, columns=["doc_id", "text"],
                               filters=[("doc_id", "in", doc_ids)])  # fmt: skip
         return dict(zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True))

@@ -68,12 +68,17 @@ def new_tables(path: Path, tables: Mapping[str, str]) -> Iterator[duckdb.DuckDBP
         part.unlink(missing_ok=True)
         try:
             with connect(part, read_only=False) as con:
-                for table, columns in tables.items():
-                    con.execute(f"CREATE TABLE {table} ({columns})")
+                make_tables(con, tables)
                 yield con
                 con.execute("CHECKPOINT")  # closing would do it, too, but says nothing where the disk is full
         finally:
             part.with_name(part.name + ".wal").unlink(missing_ok=True)
+
+
+def make_tables(con: duckdb.DuckDBPyConnection, tables: Mapping[str, str]) -> None:
+    """Make empty tables (name → columns)."""
+    for table, columns in tables.items():
+        con.execute(f"CREATE TABLE {table} ({columns})")
 
 
 @contextmanager
@@ -94,10 +99,18 @@ def open_tables(
     if not path.is_file():
         raise InputError(f"no such ledger; `{maker}` makes it", file=path)
     with connect(path, read_only=True, what=what, way_out=way_out) as con:
-        there = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if missing := set(tables) - there:
+        there = {*con.execute("SELECT table_name, column_name FROM duckdb_columns()").fetchall()}
+        if missing := set(tables) - {table for table, _ in there}:
             raise InputError(f"is not {what}: it has no table {min(missing)!r}", file=path)
+        if lacking := {(table, name) for table in tables for name in columns_of(tables[table])} - there:
+            raise InputError(f"is {what} of another version of this program (it has no column "
+                             f"{'.'.join(min(lacking))}); use that, or another directory", file=path)  # fmt: skip
         yield con
+
+
+def columns_of(columns: str) -> list[str]:
+    """Names of the columns of a table."""
+    return [column.split()[0] for column in columns.split(", ")]
 
 
 def insert_stages(con: duckdb.DuckDBPyConnection, stages: Sequence[Ref]) -> None:
@@ -119,8 +132,7 @@ def digest_tables(
     """
     digest = hashlib.sha256()
     for table, columns in tables.items():
-        names = [column.split()[0] for column in columns.split(", ")]
-        kept = ", ".join(f'"{name}"' for name in names if (table, name) not in undigested)
+        kept = ", ".join(f'"{name}"' for name in columns_of(columns) if (table, name) not in undigested)
         digest.update(f"{table}({kept})\n".encode())
         con.execute(f"SELECT {kept} FROM {table} ORDER BY ALL")
         while chunk := con.fetchmany(10_000):

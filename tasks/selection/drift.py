@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +28,19 @@ def psi(before: NDArray[np.float64], now: NDArray[np.float64]) -> float:
 
 
 def drift(
-    *, before: NDArray[np.float64], now: NDArray[np.float64], sources: Sequence[str],
-    selected_sources: Sequence[str], selected_now: int, selected: Sequence[str], selected_before: Sequence[str] | None,
+    *, before: NDArray[np.float64], now: NDArray[np.float64], new: Mapping[str, int], selected: Mapping[str, int],
+    selected_now: int, chosen: Sequence[str], chosen_before: Sequence[str] | None,
 ) -> dict[str, float]:  # fmt: skip
     """Figures of a run by name, in the order to be shown.
 
     Args:
         before: scores (N,) of the documents of earlier runs, for the same queries by the same index.
         now: scores (M,) of this run's documents.
-        sources: their sources.
-        selected_sources: sources of the selected documents.
+        new: source → how many of them it has.
+        selected: source → how many of the selected documents it has.
         selected_now: how many of the selected are of this run.
-        selected: ids of the selected documents.
-        selected_before: those of the selection published before; None without one.
+        chosen: ids of the selected documents.
+        chosen_before: those of the selection published before; None without one.
     """
     from scipy.stats import ks_2samp
 
@@ -53,12 +52,11 @@ def drift(
     if len(before) and len(now):
         figures["ks"] = float(ks_2samp(before, now, method="asymp").statistic)
         figures["psi"] = psi(before, now)
-    for title, some in (("new", sources), ("selected", selected_sources)):
-        counts = Counter(some)
-        figures |= {f"share of {title}: {source}": count / len(some) for source, count in sorted(counts.items())}
-    if selected:
-        figures["share of the selection that is new"] = selected_now / len(selected)
-    if selected and selected_before is not None:
-        common = len({*selected} & {*selected_before})
-        figures["share of the selection that stayed"] = common / len(selected)
+    for title, counts in (("new", new), ("selected", selected)):
+        total = sum(counts.values())
+        figures |= {f"share of {title}: {source}": count / total for source, count in sorted(counts.items())}
+    if chosen:
+        figures["share of the selection that is new"] = selected_now / len(chosen)
+    if chosen and chosen_before is not None:
+        figures["share of the selection that stayed"] = len({*chosen} & {*chosen_before}) / len(chosen)
     return figures

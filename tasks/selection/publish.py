@@ -6,21 +6,22 @@ import html
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.files import read_json, sha256_file, whole_file, write_json, write_text
-from tasks.pool.intake import DOCUMENTS, read_texts
-from tasks.scoring.growing import Place, best_query
-from tasks.scoring.search import Scores
+from tasks.common.stage import whole
+from tasks.pool.intake import DOCUMENTS
 from tasks.selection.budget import BudgetConfig, choose
+from tasks.selection.candidates import candidates
 from tasks.selection.curation_ledger import DRIFT, SCORES, SELECTED
 from tasks.selection.drift import QUANTILES, drift
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 """Raise when the same inputs give another selection or card: part of every key."""
 THIN = 10
 """So many times the documents that its calibration was fitted on, and the card says so."""
@@ -28,107 +29,72 @@ RESULT, CARD, CARD_TEXT, DIGESTS = "result.json", "card.json", "card.md", "sha25
 
 
 def select_best(
-    place: Place | None, scores: Scores | None, intakes: Sequence[Path], out: Path, *, budget: BudgetConfig,
-    positive: str | None, facts: Mapping[str, Any], same_scores: bool, published: Path | None,
+    directory: Path, intake: Path, scored: pa.Table, out: Path, *, run: int, since: int, documents: int,
+    budget: BudgetConfig, positive: str | None, facts: Mapping[str, Any], published: Path | None,
 ) -> int:  # fmt: skip
     """Select from all documents of all runs and write into ``out`` what the run found.
 
     Args:
-        place: where the index stands, and the documents' lengths; None where there is no document yet.
-        scores: of all documents; None as well.
-        intakes: of all runs; the last is this run's.
-        out: ``scores.parquet`` (doc_id, score), ``selected.parquet`` (doc_id, rank, score, query, source, label, run,
+        directory: of the curation, with the ledger of its earlier runs.
+        intake: of this run.
+        scored: what the run's queries say of the documents that it scored: doc_id, score, n_tokens, query.
+        out: ``scores.parquet`` (``scored``), ``selected.parquet`` (doc_id, rank, score, query, source, label, run,
             n_tokens), ``drift.json`` and ``result.json``.
+        run: its number.
+        since: as of :func:`tasks.selection.candidates.candidates`.
+        documents: how many all runs took in.
         budget: the limits.
         positive: label whose share is the purity; None where documents have none.
         facts: what the card and the ledger say beside it; goes into ``result.json``.
-        same_scores: whether the run before scored its documents by this index and these queries; then only new scores
-            are written.
         published: result of the run that published the selection that stands; None where none does.
 
     Returns:
         The number of selected documents.
+
+    Raises:
+        InputError: the ledger does not have the scores of all earlier documents, or a file is damaged.
     """
     import pyarrow as pa
 
-    run = len(intakes)
-    documents = _documents(place, scores, intakes)
-    chosen = choose(budget, documents["doc_id"], documents["score"], documents["source"], documents["n_tokens"])
-    picked = {name: [values[row] for row in chosen] for name, values in documents.items()}
-    queries = best_query(scores, picked.pop("at")) if scores is not None and chosen else []
-    selected = pa.table({**picked, "rank": range(1, len(chosen) + 1), "query": pa.array(queries, pa.string())},
-                        schema=_selected_schema())  # fmt: skip
-    new = [row for row, first in enumerate(documents["run"]) if first == run]
-    told = new if same_scores else range(len(documents["run"]))
-    _write(out / SCORES, pa.table({"doc_id": pa.array([documents["doc_id"][row] for row in told], pa.string()),
-                                   "score": pa.array([documents["score"][row] for row in told], pa.float64())}))
-    _write(out / SELECTED, selected)
     before = None if published is None else _read(published / SELECTED)
     earlier = None if published is None else read_json(published / RESULT)
+    with candidates(directory, intake / DOCUMENTS, scored, run=run, since=since, count=documents) as all_of_them:
+        chosen = choose(budget, all_of_them.best())
+        figures = drift(
+            before=all_of_them.scores(new=False), now=all_of_them.scores(new=True),
+            new=all_of_them.count("source", new=True), selected=Counter(one.source for one in chosen),
+            selected_now=sum(one.run == run for one in chosen), chosen=[one.doc_id for one in chosen],
+            chosen_before=None if before is None else before["doc_id"].to_pylist(),
+        )  # fmt: skip
+        new = all_of_them.new()
+        seen = all_of_them.count("source")
+        labels = _labels(all_of_them.count("label"), Counter(one.label for one in chosen if one.label is not None))
+    selected = pa.Table.from_pylist([asdict(one) | {"rank": rank} for rank, one in enumerate(chosen, 1)],
+                                    schema=_selected_schema())  # fmt: skip
+    _write(out / SCORES, scored)
+    _write(out / SELECTED, selected)
     unchanged = (before is not None and earlier is not None and before.equals(selected)
                  and earlier["basis"] == facts["basis"])  # fmt: skip
-    figures = _drift(documents, new, picked, run, None if before is None else before["doc_id"].to_pylist())
-    labels = _labels(documents["label"], picked["label"])
     if positive is not None and labels:
         figures["purity"] = labels.get(positive, {"selected": 0.0})["selected"]
+    taken = Counter(one.source for one in chosen)
     write_json(out / DRIFT, figures)
     write_json(out / RESULT, {
-        **facts, "run": run, "documents": len(documents["doc_id"]), "new": len(new), "selected": len(chosen),
-        "tokens": sum(picked["n_tokens"]), "publish": bool(chosen) and not unchanged, "labels": labels,
+        **facts, "run": run, "since": since, "documents": documents, "new": new, "selected": len(chosen),
+        "tokens": sum(one.n_tokens for one in chosen), "publish": bool(chosen) and not unchanged, "labels": labels,
         "positive": positive, "budget": budget.plain(),
-        "sources": _sources(documents["source"], picked["source"]),
-        "scores": _span(picked["score"]), "drift": figures,
+        "sources": {source: {"seen": count, "selected": taken[source]} for source, count in seen.items()},
+        "scores": _span([one.score for one in chosen]), "drift": figures,
         "earlier": None if earlier is None else earlier["run"],
     })  # fmt: skip
     return len(chosen)
 
 
-def _documents(place: Place | None, scores: Scores | None, intakes: Sequence[Path]) -> dict[str, list[Any]]:
-    """Columns of all documents, in the order of the runs; ``at`` is a document's place in the scores."""
-    import pyarrow.parquet as pq
-
-    names = ("doc_id", "source", "label", "run", "n_tokens", "score", "at")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    if place is None or scores is None:
-        return columns
-    at = {doc_id: number for number, doc_id in enumerate(scores.doc_ids)}
-    mean = (scores.mean + 0.0).tolist()  # turns -0.0 into 0.0
-    for run, table in enumerate(read_texts(intakes, ("doc_id", "source", "label")), 1):
-        counted = pq.read_table(place.tokens(run))
-        length = dict(zip(counted["doc_id"].to_pylist(), counted["n_tokens"].to_pylist(), strict=True))
-        for row in table.to_pylist():
-            doc_id = row["doc_id"]
-            values = (doc_id, row["source"], row["label"], run, length[doc_id], mean[at[doc_id]], at[doc_id])
-            for name, value in zip(names, values, strict=True):
-                columns[name].append(value)
-    return columns
-
-
-def _drift(
-    documents: Mapping[str, list[Any]], new: list[int], picked: Mapping[str, list[Any]], run: int,
-    before: list[str] | None,
-) -> dict[str, float]:  # fmt: skip
-    import numpy as np
-
-    score_N = np.array(documents["score"], dtype=np.float64)
-    is_new = np.zeros(len(score_N), dtype=bool)
-    is_new[new] = True
-    return drift(before=score_N[~is_new], now=score_N[is_new], sources=[documents["source"][row] for row in new],
-                 selected_sources=picked["source"], selected_now=sum(first == run for first in picked["run"]),
-                 selected=picked["doc_id"], selected_before=before)  # fmt: skip
-
-
-def _labels(pool: Sequence[str | None], picked: Sequence[str | None]) -> dict[str, dict[str, float]]:
+def _labels(pool: Mapping[str, int], picked: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Label → its share of the labelled documents of the pool and of the selection, and its number there."""
-    everywhere = Counter(label for label in pool if label is not None)
-    here = Counter(label for label in picked if label is not None)
-    return {label: {"pool": count / everywhere.total(), "selected": here[label] / max(1, here.total()),
-                    "documents": here[label]} for label, count in sorted(everywhere.items())}  # fmt: skip
-
-
-def _sources(pool: Sequence[str], picked: Sequence[str]) -> dict[str, dict[str, int]]:
-    here = Counter(picked)
-    return {source: {"seen": count, "selected": here[source]} for source, count in sorted(Counter(pool).items())}
+    everywhere, here = sum(pool.values()), sum(picked.values())
+    return {label: {"pool": count / everywhere, "selected": picked.get(label, 0) / max(1, here),
+                    "documents": picked.get(label, 0)} for label, count in sorted(pool.items())}  # fmt: skip
 
 
 def _span(scores: Sequence[float]) -> dict[str, float]:
@@ -172,6 +138,7 @@ def publish(result: Path, intakes: Sequence[Path], out: Path) -> int:
     selected = _read(result / SELECTED)
     texts: dict[str, str] = {}
     for run in sorted(set(selected["run"].to_pylist())):
+        whole(intakes[run - 1])
         wanted = [row["doc_id"] for row in selected.select(["doc_id", "run"]).to_pylist() if row["run"] == run]
         table = pq.read_table(intakes[run - 1] / DOCUMENTS, columns=["doc_id", "text"],
                               filters=[("doc_id", "in", wanted)])  # fmt: skip

@@ -28,7 +28,7 @@ from flows.curation_config import load
 from flows.rundir import claimed
 from flows.status import status_lines
 from tasks.common.errors import InputError
-from tasks.common.files import read_json, sha256_file
+from tasks.common.files import read_json, sha256_file, write_json
 from tasks.pool.duplicates import DuplicateIndex
 from tasks.pool.intake import DOCUMENTS, DROPPED, IntakeConfig, look, take_in
 from tasks.reporting.curation import runs_png
@@ -39,6 +39,7 @@ from tasks.scoring.spread import Spread
 from tasks.scoring.store import bytes_a_document
 from tasks.selection import curation_ledger
 from tasks.selection.budget import BudgetConfig, choose
+from tasks.selection.candidates import Candidate
 from tasks.selection.curation_ledger import LEDGER, LedgerSeen, curation_digest, open_curation
 from tasks.selection.drift import drift, psi
 from tasks.selection.publish import card_text
@@ -222,8 +223,9 @@ IDS, SCORES, SOURCES, TOKENS = "edcba", [1.0, 0.5, 0.5, 0.25, 2.0], "xyxyx", [4,
     ({"tokens": 100, "documents": 2}, "ae"), ({"threshold": 3}, ""),
 ])  # fmt: skip
 def test_limits_hold_together(budget: dict[str, Any], chosen: str) -> None:
-    places = choose(BudgetConfig(**budget), IDS, SCORES, SOURCES, TOKENS)
-    assert "".join(IDS[place] for place in places) == chosen
+    best = sorted(map(Candidate, IDS, SOURCES, [None] * 5, [1] * 5, SCORES, TOKENS, "qqqqq"),
+                  key=lambda one: (-one.score, one.doc_id))  # fmt: skip
+    assert "".join(one.doc_id for one in choose(BudgetConfig(**budget), best)) == chosen
 
 
 @pytest.mark.parametrize("budget", [{}, {"documents": 0}, {"tokens": 5, "quotas": {"x": 0.5}},
@@ -242,8 +244,8 @@ def test_drift_tells_another_distribution() -> None:
     assert psi(before, same) < 0.02
     assert psi(before, other) > 0.5
     assert psi(np.zeros(5), np.zeros(5)) == 0.0
-    figures = drift(before=before, now=other, sources=["a", "a", "b"], selected_sources=["b"], selected_now=1,
-                    selected=["x", "y"], selected_before=["y", "z"])  # fmt: skip
+    figures = drift(before=before, now=other, new={"a": 2, "b": 1}, selected={"b": 1}, selected_now=1,
+                    chosen=["x", "y"], chosen_before=["y", "z"])  # fmt: skip
     assert figures["ks"] == pytest.approx(0.383, abs=0.03)  # 2 Φ(1/2) − 1
     assert figures["share of new: a"] == pytest.approx(2 / 3)
     assert figures["share of the selection that is new"] == figures["share of the selection that stayed"] == 0.5
@@ -495,9 +497,9 @@ def test_a_kill_while_the_ledger_is_begun_leaves_one_that_can_be_gone_on_with(
         with pytest.raises(KeyboardInterrupt):
             curate(tmp_path / "out")
     assert (tmp_path / "out" / LEDGER).exists()
-    assert curation_ledger.recorded(tmp_path / "out" / LEDGER) == set()
+    assert not curation_ledger.recorded(tmp_path / "out" / LEDGER)
     assert curate(tmp_path / "out")["run"] == 1
-    assert curation_ledger.recorded(tmp_path / "out" / LEDGER) == {1}
+    assert [*curation_ledger.recorded(tmp_path / "out" / LEDGER)] == [1]
 
 
 def test_a_ledger_that_is_held_or_none_is_named(curate: Curate, tmp_path: Path) -> None:
@@ -572,6 +574,126 @@ def test_what_stood_before_the_kill_is_finished_with_its_own_budget(
     made = curate(out, "budget.documents=3")
     assert (made["run"], made["selected"]) == (2, 3)
     assert ask(out, "SELECT run, selected, published FROM runs ORDER BY run") == [(1, 6, True), (2, 3, True)]
+
+
+def test_a_run_that_was_killed_behind_its_row_of_the_ledger_is_that_run(
+    curate: Curate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "surroundings", killed)
+        with pytest.raises(Killed):
+            curate(out)
+    assert [*curation_ledger.recorded(out / LEDGER)] == [1]
+    assert not (out / "runs" / "0001" / "run.json").exists()
+    assert curate(out)["what"] == "nothing is new"
+    assert [*curation_ledger.recorded(out / LEDGER)] == [1]
+    assert (out / "runs" / "0001" / "run.json").exists()
+
+
+@pytest.mark.parametrize("settings", [
+    (), ("signature.fit.name=median-bit+spread",), ("signature.stored=fp16", "signature.fit.name=center"),
+])  # fmt: skip
+def test_what_earlier_runs_scored_is_what_a_search_of_everything_says(
+    conf: Path, curate: Curate, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    """Other queries and back: the third run's scores are of all documents, the first two's of the new ones each."""
+    out = tmp_path / "out"
+    curate(out, *settings)
+    arrive(conf)
+    two = curate(out, *settings)
+    said = ask(out, "SELECT doc_id, score, n_tokens, query FROM scores ORDER BY doc_id")
+    assert len(said) == 44
+    other = jsonl(tmp_path / "other.jsonl", [{"text": texts(1, 9)[0]}])
+    curate(out, f"queries={other}", *settings)
+    again = curate(out, *settings)
+    assert ask(out, "SELECT doc_id, score, n_tokens, query FROM scores WHERE run = 4 ORDER BY doc_id") == said
+    selected = [pq.read_table(Path(made["published"]) / "selected.parquet") for made in (two, again)]
+    assert selected[0].equals(selected[1])
+    drifts = [dict(ask(out, f"SELECT what, value FROM drift WHERE run = {run}")) for run in (2, 4)]
+    new = {row[0] for row in ask(out, "SELECT doc_id FROM documents WHERE first_run = 2")}
+    assert drifts[0]["score new q50"] == pytest.approx(
+        float(np.median([score for doc_id, score, *_ in said if doc_id in new])), rel=1e-12)
+    assert drifts[1]["score earlier q50"] == pytest.approx(float(np.median([row[1] for row in said])), rel=1e-12)
+
+
+def test_what_a_run_reads_does_not_grow(
+    conf: Path, curate: Curate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files whose bytes a run looks at: as many at the sixteenth run as at the eighth."""
+    for name in ("CHECKED", "_SHOWN"):
+        monkeypatch.setattr(flow, name, 3)
+    out, read, opened = tmp_path / "out", list[int](), list[Path]()
+    real = Path.open
+
+    def counted(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", counted)
+    for number in range(16):
+        arrive(conf, f"{number}.jsonl", seed=100 + number, count=2)
+        opened.clear()
+        assert curate(out, "budget.documents=2")["run"] == number + 1
+        read.append(sum(out in path.parents for path in opened))
+    assert max(read[12:]) <= 1.1 * max(read[4:8]), read
+    assert min(read) > 20  # it does look
+
+
+def test_every_run_comes_round() -> None:
+    for runs in range(1, 300):
+        nights = range(runs, runs + 2 * max(1, 2 * runs // flow.CHECKED) + 1)
+        looked = [flow.in_turn(night) for night in nights]
+        assert {*range(1, runs + 1)} <= set().union(*looked), runs
+        assert all({night} <= some <= {*range(1, night + 1)} for night, some in zip(nights, looked, strict=True))
+        assert max(map(len, looked)) <= flow.CHECKED + 1
+    assert flow.in_turn(0) == set()
+
+
+def test_an_earlier_run_that_is_damaged_is_named(conf: Path, curate: Curate, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for number in range(3):
+        arrive(conf, f"{number}.jsonl", seed=100 + number, count=2)
+        curate(out)
+    arrive(conf)
+    for file, place in (("intake/files.json", "intake"), ("result/drift.json", "result"), ("run.json", "run.json")):
+        for number in (1, 2, 3):
+            spoiled = tmp_path / f"{place}{number}"
+            shutil.copytree(out, spoiled)
+            with (spoiled / "runs" / f"{number:04d}" / file).open("a") as end:
+                end.write("x")
+            with pytest.raises(InputError, match=rf"runs/{number:04d}/{place}: is damaged"):
+                curate(spoiled)
+
+
+def test_a_ledger_without_the_scores_of_all_documents_is_named(conf: Path, curate: Curate, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    curate(out)
+    arrive(conf)
+    with duckdb.connect(out / LEDGER) as con:
+        con.execute("DELETE FROM scores WHERE doc_id = (SELECT min(doc_id) FROM scores)")
+    with pytest.raises(InputError, match=r"has scores of 43 documents, and there are 44; move it away"):
+        curate(out)
+    (out / LEDGER).unlink()
+    assert curate(out)["run"] == 2
+
+
+def test_a_directory_of_another_version_is_refused(curate: Curate, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    curate(out)
+    with duckdb.connect(out / LEDGER) as con:
+        con.execute("ALTER TABLE scores DROP n_tokens")
+    with pytest.raises(InputError, match=r"of another version of this program \(it has no column scores.n_tokens\)"):
+        curate(out)
+    (out / LEDGER).unlink()
+    manifest = out / "runs" / "0001" / "result" / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "version": 1}, checked=True)
+    with pytest.raises(InputError, match="was made by another version of this program"):
+        curate(out)
 
 
 def test_rows_without_a_usable_document_wait(conf: Path, curate: Curate, tmp_path: Path) -> None:
