@@ -28,12 +28,7 @@ SOURCE = _Source(path_type=Path)
 METHODS = ("rise", "random", "length", "perplexity", "bm25", "embedding", "hidden", "lm-head", "rapidin", "zo-inf",
            "logra", "trackstar", "ek-fac", "tmc-shapley", "g-shapley")
 TYPES = ("bit", "int8", "fp16", "fp32")
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "compact": {"kr": 256, "kh": 24, "kg": 0, "km": 1920, "alpha": 1.0, "calibration": "median-bit+spread",
-                "dtype": "bit"},
-}
-"""Defaults of the options by ``--recipe``; compact is what ``rise study conf/studies/prospective.yaml`` chose."""
+RECIPES = ("paper", "compact", "wide")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -180,15 +175,21 @@ def _quiet_prefect() -> None:
 
 def _take_recipe(context: click.Context, _: click.Parameter, recipe: str) -> None:
     """Let a recipe's values stand for the options that are not given."""
-    context.default_map = {**(context.default_map or {}), **RECIPES[recipe]}
+    from tasks.scoring.config import RECIPES as FIELDS
+
+    fields = dict(FIELDS[recipe])
+    options = {**fields.pop("sketch", {}), **fields}
+    if "index_type" in options:
+        options["dtype"] = options.pop("index_type")
+    context.default_map = {**(context.default_map or {}), **options}
 
 
 def _signature_options(command: Command) -> Command:
     """The options that decide what a signature is and how it is kept."""
     for option in reversed((
-        click.option("--recipe", type=click.Choice(list(RECIPES)), default="paper", show_default=True, is_eager=True,
+        click.option("--recipe", type=click.Choice(RECIPES), default="paper", show_default=True, is_eager=True,
                      expose_value=False, callback=_take_recipe, help="Defaults of the options below and of "
-                     "--calibration. compact: 1,012 bytes a document, the project's own choice."),
+                     "--calibration. compact: 1,012 bytes a document, the project's own choice; wide: 3,844."),
         click.option("--alpha", type=float, default=0.0, show_default=True, help="Weight of a position: its residual's "
                      "norm to this power."),
         click.option("--kr", type=int, default=128, show_default=True, help="Sketch width of the residual."),

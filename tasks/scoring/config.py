@@ -419,8 +419,36 @@ class GShapleyConfig(_ShapleyConfig):
     method: Literal["g-shapley"] = "g-shapley"
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "compact": {"sketch": {"kr": 256, "kh": 24, "kg": 0, "km": 1920, "alpha": 1.0}, "calibration": "median-bit+spread",
+                "index_type": "bit"},
+    "wide": {"sketch": {"kr": 256, "kh": 96, "kg": 0, "km": 6144, "alpha": 1.0}, "calibration": "median-bit+spread",
+             "index_type": "bit"},
+}
+"""Name → fields of :class:`RiseConfig`. compact (1,012 bytes a document) is what ``rise study
+conf/studies/prospective.yaml`` chose at 1,024 bytes, wide (3,844) the same with more of both channels."""
+
+
+def from_recipe(values: Any) -> Any:
+    """Fields with those of the recipe that their key ``recipe`` names, where they do not stand there themselves."""
+    if not isinstance(values, dict) or "recipe" not in values:
+        return values
+    given = dict(values)
+    name = given.pop("recipe")
+    if not isinstance(name, str) or name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    if isinstance(given.get("sketch"), dict):
+        given["sketch"] = {**recipe.get("sketch", {}), **given["sketch"]}
+    return {**recipe, **given}
+
+
 class RiseConfig(_Method):
-    """RISE: Algorithm 1 over signatures of Algorithm 2; calibration none with alpha 0 is the paper to the letter."""
+    """RISE: Algorithm 1 over signatures of Algorithm 2; calibration none with alpha 0 is the paper to the letter.
+
+    ``recipe: compact`` (or another of :data:`RECIPES`) stands for the fields of that recipe that are not given.
+    """
 
     method: Literal["rise"] = "rise"
     sketch: SketchConfig = SketchConfig()
@@ -430,6 +458,11 @@ class RiseConfig(_Method):
     divided by their spread over the pool); fitted on the pool alone."""
     index_type: IndexType = "fp16"
     """Type of the stored signatures; the paper's sizes are those of fp16. bit goes with median-bit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_recipe(cls, values: Any) -> Any:
+        return from_recipe(values)
 
     @model_validator(mode="after")
     def _go_together(self) -> RiseConfig:

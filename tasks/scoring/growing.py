@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
@@ -25,7 +25,15 @@ from tasks.pool.documents import content_id, read_documents, write_documents
 from tasks.pool.intake import DOCUMENTS, KEPT, read_texts
 from tasks.scoring import index
 from tasks.scoring.build import APPEND, VERSION, append_index, build_index, query_index
-from tasks.scoring.config import FitConfig, IndexType, ScorerConfig, SketchConfig, check_type
+from tasks.scoring.config import (
+    FitConfig,
+    IndexType,
+    RiseConfig,
+    ScorerConfig,
+    SketchConfig,
+    check_type,
+    from_recipe,
+)
 from tasks.scoring.index import Index
 from tasks.scoring.search import score
 
@@ -37,7 +45,10 @@ UNCUT = 1 << 30
 
 
 class SignatureConfig(Config):
-    """What is kept of a document, and how it is compared."""
+    """What is kept of a document, and how it is compared.
+
+    ``recipe: compact`` (or another of :data:`tasks.scoring.config.RECIPES`) stands for the fields that are not given.
+    """
 
     sketch: SketchConfig = SketchConfig()
     """Algorithm 2's parameters."""
@@ -45,6 +56,19 @@ class SignatureConfig(Config):
     """Type of the stored signatures; bit is the smallest."""
     fit: FitConfig | None = FitConfig()
     """Calibration, fitted on the documents that an index is begun with and kept from then on; None for none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_recipe(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "recipe" not in values:
+            return values
+        own = from_recipe({name: values[name] for name in ("recipe", "sketch") if name in values})
+        rise = RiseConfig.model_validate({name: value for name, value in own.items() if name != "sketch"})
+        given = {name: value for name, value in values.items() if name != "recipe"}
+        fit = None if rise.calibration == "none" else {"name": rise.calibration}
+        if isinstance(given.get("fit"), dict):
+            given["fit"] = {**(fit or {}), **given["fit"]}
+        return {"stored": rise.index_type, "fit": fit, **given, "sketch": own.get("sketch", {})}
 
     @model_validator(mode="after")
     def _go_together(self) -> SignatureConfig:

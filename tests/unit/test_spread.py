@@ -9,21 +9,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from flows import cli
 from flows.cli import rise
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, write_json
 from tasks.scoring import calibration, index, search
 from tasks.scoring.bits import pack
 from tasks.scoring.build import append_index, build_index, query_index
-from tasks.scoring.config import FitConfig, RiseConfig, ScorerConfig, SketchConfig
+from tasks.scoring.config import RECIPES, FitConfig, RiseConfig, ScorerConfig, SketchConfig
 from tasks.scoring.convert import convert_index
+from tasks.scoring.growing import SignatureConfig
 from tasks.scoring.index import Index
 from tasks.scoring.methods import Request, score_pool
 from tasks.scoring.rivals.similarity import cosine_scores
 from tasks.scoring.spread import Spread, sample
+from tasks.scoring.store import bytes_a_document
 from tests.tiny import tiny_llama
-from tests.unit.test_index import by_id, parquet, rows
+from tests.unit.test_index import ROOT, by_id, parquet, rows
 
 SKETCH = SketchConfig(kr=16, kh=6, kg=12)
 
@@ -265,3 +269,28 @@ def test_a_recipe_stands_for_the_options_that_are_not_given(
                "--calibration", "median-bit+spread"], standalone_mode=False)  # fmt: skip
     assert Index(tmp_path / "bits").standardizes
     assert capsys.readouterr().out.count("documents in the index") == 2
+
+
+def test_a_recipe_stands_for_the_fields_that_are_not_given() -> None:
+    sketch = {"kr": 256, "kh": 24, "kg": 0, "km": 1920, "alpha": 1.0}
+    compact = RiseConfig.model_validate({"recipe": "compact"})
+    assert compact == RiseConfig(sketch=SketchConfig(**sketch), calibration="median-bit+spread", index_type="bit")
+    assert "recipe" not in compact.plain()  # a run knows its fields, whatever the recipe is later
+    assert bytes_a_document("bit", compact.sketch.dimension) + 4 == 1012  # with the spread
+    other = RiseConfig.model_validate({"recipe": "compact", "sketch": {"seed": 7}, "calibration": "median-bit"})
+    assert other == RiseConfig(sketch=SketchConfig(**sketch, seed=7), calibration="median-bit", index_type="bit")
+    assert RiseConfig.model_validate({"recipe": "paper"}) == RiseConfig()
+    kept = SignatureConfig.model_validate({"recipe": "compact", "fit": {"seed": 7}})
+    assert kept == SignatureConfig(sketch=compact.sketch, stored="bit", fit=FitConfig(name="median-bit+spread", seed=7))
+    assert SignatureConfig.model_validate({"recipe": "paper"}) == SignatureConfig(stored="fp16", fit=None)
+    assert SignatureConfig.model_validate({"recipe": "wide", "sketch": {"kr": 8}}).sketch.shape == "8/96/0+6144"
+    for config in (RiseConfig, SignatureConfig):
+        with pytest.raises(ValueError, match="no recipe 'small'; there are paper, compact, wide"):
+            config.model_validate({"recipe": "small"})
+
+
+def test_recipes_are_the_ones_that_the_study_chose_among() -> None:
+    methods = yaml.safe_load((ROOT / "conf/studies/prospective.yaml").read_text())["methods"]
+    for name in ("compact", "wide"):
+        assert RiseConfig.model_validate({"recipe": name}) == RiseConfig.model_validate(methods[f"rise-{name}"])
+    assert tuple(RECIPES) == cli.RECIPES
