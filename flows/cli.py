@@ -433,6 +433,8 @@ def status(directory: Path | None) -> None:
 @click.option("--batch", type=click.IntRange(1, 10**15), default=1_000_000, show_default=True,
               help="Documents that are given to build and to each append.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--recipe", type=click.Choice(RECIPES), default="paper", show_default=True, is_eager=True,
+              expose_value=False, callback=_take_recipe, help="Defaults of the options below.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(TYPES), default="fp16", show_default=True, help="Type of the signatures.")
 @click.option("--kr", type=int, default=128, show_default=True)
 @click.option("--kh", type=int, default=24, show_default=True)
