@@ -14,7 +14,7 @@ from prefect import flow, task
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.common.errors import InputError
-from tasks.scoring import build
+from tasks.scoring import share as sharing
 from tasks.scoring.config import RayConfig
 from tasks.scoring.rivals.child import serve, tell
 
@@ -24,16 +24,16 @@ POLL_SECONDS = 1.0
 
 
 @task(name="share", task_run_name="{part} {rank}")
-def share(work: str, part: build.Part, rank: int, world: int) -> None:
+def share(work: str, part: sharing.Part, rank: int, world: int) -> None:
     """One worker's share of the shards: it loads the model, and makes one after the other."""
-    build.make_share(work, part, rank, world)
+    sharing.make_share(work, part, rank, world)
 
 
 def _shards(work: str, workers: int, ray: RayConfig) -> None:
     """Make every missing shard of some work, inside a flow.
 
     Args:
-        work: what :mod:`tasks.scoring.build` wrote down.
+        work: what :mod:`tasks.scoring.share` wrote down.
         workers: how many share it.
         ray: what each of them needs.
 
@@ -44,17 +44,17 @@ def _shards(work: str, workers: int, ray: RayConfig) -> None:
     from prefect_ray.context import remote_options
 
     needs = _needs(ray)
-    left = build.left(work)
-    for part in build.parts(work):
+    left = sharing.left(work)
+    for part in sharing.parts(work):
         with remote_options(**needs, max_retries=ray.retries):
             futures = [share.submit(work, part, rank, workers) for rank in range(workers)]
         while futures:
             futures = _pending(futures)
-            before, left = left, build.left(work)
+            before, left = left, sharing.left(work)
             if before > left:
                 tell(before - left)
         if part == "sample":
-            build.fit_sample(work)
+            sharing.fit_sample(work)
 
 
 def _needs(config: RayConfig) -> dict[str, int]:

@@ -8,9 +8,9 @@ from typing import Any
 from tasks.common.errors import InputError
 from tasks.common.files import intact, read_json, sha256_json
 from tasks.scoring import calibration, index, store
-from tasks.scoring.build import IndexSpec
 from tasks.scoring.config import FitConfig, IndexType
 from tasks.scoring.index import Index
+from tasks.scoring.shards import IndexSpec
 from tasks.scoring.spread import sample, write_spreads
 
 _ROWS = 256

@@ -18,7 +18,7 @@ from tasks.common.models import load_tokenizer, locate
 from tasks.common.progress import Report
 from tasks.common.usage import searching
 from tasks.scoring.batching import tokenize
-from tasks.scoring.build import IndexSpec, build_indexes
+from tasks.scoring.build import build_indexes
 from tasks.scoring.config import (
     Bm25Config,
     EkfacConfig,
@@ -44,6 +44,7 @@ from tasks.scoring.config import (
 from tasks.scoring.convert import convert_index
 from tasks.scoring.index import Index
 from tasks.scoring.search import Scores, score
+from tasks.scoring.shards import IndexSpec
 
 VERSION = 1
 """Version of what the methods compute; part of every key made from it."""

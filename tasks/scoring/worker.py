@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tasks.scoring.build import work
+from tasks.scoring.share import work
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))

@@ -23,12 +23,13 @@ from tasks.common.stage import digest_directory
 from tasks.scoring import calibration, engine, index, search, store
 from tasks.scoring.batching import Tokenized, batches
 from tasks.scoring.bits import Agreement, pack, packed_bytes, planes, unpack
-from tasks.scoring.build import IndexSpec, append_index, build_index, build_indexes, query_index, scorer_of
+from tasks.scoring.build import append_index, build_index, build_indexes, query_index, scorer_of
 from tasks.scoring.calibration import MedianBit
 from tasks.scoring.config import FitConfig, RiseConfig, ScorerConfig, SketchConfig
 from tasks.scoring.index import Index
 from tasks.scoring.methods import Request, score_pool
 from tasks.scoring.plan import pieces
+from tasks.scoring.shards import IndexSpec
 from tests.tiny import tiny_gpt_neox, tiny_llama
 
 SKETCH = SketchConfig(kr=16, kh=6, kg=12)
@@ -305,7 +306,8 @@ def killed_after(call: str, shards: Path, count: int) -> None:
     """Run ``call`` with a pause after each shard and SIGKILL it when ``count`` are whole below ``shards``."""
     code = (
         "from pathlib import Path; import time, tasks.scoring.index as index\n"
-        "from tasks.scoring.build import IndexSpec, append_index, build_index, build_indexes\n"
+        "from tasks.scoring.build import append_index, build_index, build_indexes\n"
+        "from tasks.scoring.shards import IndexSpec\n"
         "from tasks.scoring.config import ScorerConfig, SketchConfig, FitConfig\n"
         "write = index.write_shard\n"
         "def slow(*args, **options):\n    write(*args, **options); time.sleep(0.3)\n"

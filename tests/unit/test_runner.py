@@ -13,7 +13,7 @@ import pytest
 from flows.cli import main
 from tasks.common.elsewhere import at_hand
 from tasks.common.errors import InputError
-from tasks.scoring import build
+from tasks.scoring import share
 from tasks.scoring.build import build_index
 from tasks.scoring.config import FitConfig, RayConfig, ScorerConfig, SketchConfig
 from tests.tiny import tiny_llama
@@ -47,22 +47,22 @@ def test_shares_made_one_by_one_have_the_bytes_of_one_process(
     told: list[str] = []
 
     def mapped(work: Any, _: Any) -> None:
-        text = build._WORK.dump_json(work).decode()
+        text = share._WORK.dump_json(work).decode()
         told.append(text)
-        whole = build.left(text)
+        whole = share.left(text)
         assert whole == len(work.missing.sample) + len(work.missing.shards) > 4
-        for part in build.parts(text):
+        for part in share.parts(text):
             for rank in (1, 0):
-                build.make_share(text, part, rank, 2)
+                share.make_share(text, part, rank, 2)
             written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("two/**/*.npy")}
-            build.make_share(text, part, 0, 2)
+            share.make_share(text, part, 0, 2)
             assert written == {file: file.stat().st_mtime_ns for file in tmp_path.glob("two/**/*.npy")}
             if part == "sample":
-                assert build.left(text) == len(work.missing.shards)
-                build.fit_sample(text)
-        assert build.left(text) == 0
+                assert share.left(text) == len(work.missing.shards)
+                share.fit_sample(text)
+        assert share.left(text) == 0
 
-    monkeypatch.setattr(build, "_map", mapped)
+    monkeypatch.setattr(share, "_map", mapped)
     two = one.model_copy(update={"processes": 2, "ray": RayConfig()})
     build_index(documents, tmp_path / "two", two, SKETCH, stored=stored, fit=fit)
     assert len(told) == 1
@@ -75,15 +75,15 @@ def test_a_worker_with_another_model_refuses(tmp_path: Path, model: Path, monkey
     documents = write_documents(tmp_path / "documents.parquet", 8, 0)
     scorer = ScorerConfig(model=str(model), shard_tokens=300, precision="float32", threads=1, ray=RayConfig())
     told: list[str] = []
-    monkeypatch.setattr(build, "_map", lambda work, _: told.append(build._WORK.dump_json(work).decode()))
+    monkeypatch.setattr(share, "_map", lambda work, _: told.append(share._WORK.dump_json(work).decode()))
     with pytest.raises(FileNotFoundError):  # nothing was made
         build_index(documents, tmp_path / "out", scorer, SKETCH)
     other = tiny_llama(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match=r"the model on .* not those of the machine that shares the work"):
-        build.make_share(told[0].replace(str(model), str(other)), "shards", 0, 1)
+        share.make_share(told[0].replace(str(model), str(other)), "shards", 0, 1)
     write_documents(documents, 9, 0)
     with pytest.raises(InputError, match="the tokens on"):
-        build.make_share(told[0], "shards", 0, 1)
+        share.make_share(told[0], "shards", 0, 1)
 
 
 def test_ray_is_refused_at_once_where_it_cannot_run(
