@@ -50,6 +50,8 @@ def score_files(
             apply_setting(given, setting)
         except InputError as error:
             raise InputError(error.problem.replace("--set", "--option", 1)) from None
+    if "recipe" in given:  # the options have all fields, so that it would stand for none
+        raise InputError("--option recipe=NAME: a recipe is given by --recipe NAME")
     config: MethodConfig = parse(METHODS[method], given, "options")
     if isinstance(config, RiseConfig):
         require_channel(config.sketch)

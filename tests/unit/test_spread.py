@@ -294,3 +294,6 @@ def test_recipes_are_the_ones_that_the_study_chose_among() -> None:
     for name in ("compact", "wide"):
         assert RiseConfig.model_validate({"recipe": name}) == RiseConfig.model_validate(methods[f"rise-{name}"])
     assert tuple(RECIPES) == cli.RECIPES
+    with pytest.raises(InputError, match="a recipe is given by --recipe NAME"):
+        rise.main(["score", "--model", "m", "--pool", "p.jsonl", "--queries", "q.jsonl", "--out", "o.parquet",
+                   "--option", "recipe=compact"], standalone_mode=False)  # fmt: skip
