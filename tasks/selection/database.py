@@ -99,7 +99,7 @@ def open_tables(
     if not path.is_file():
         raise InputError(f"no such ledger; `{maker}` makes it", file=path)
     with connect(path, read_only=True, what=what, way_out=way_out) as con:
-        there = {*con.execute("SELECT table_name, column_name FROM duckdb_columns()").fetchall()}
+        there = {*con.execute("SELECT table_name, column_name FROM duckdb_columns() WHERE NOT internal").fetchall()}
         if missing := set(tables) - {table for table, _ in there}:
             raise InputError(f"is not {what}: it has no table {min(missing)!r}", file=path)
         if lacking := {(table, name) for table in tables for name in columns_of(tables[table])} - there:
