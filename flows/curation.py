@@ -29,7 +29,6 @@ from tasks.pool.intake import Found, look, take_in
 from tasks.reporting.curation import PICTURED, runs_png
 from tasks.scoring.growing import Place, QuerySet, grow, place_of, read_queries, search_for
 from tasks.scoring.index import MANIFEST as INDEX_MANIFEST
-from tasks.scoring.index import Index
 from tasks.selection import publish as publishing
 from tasks.selection.curation_ledger import LEDGER, SELECTED, LedgerSeen, Recorded, record, recorded
 from tasks.selection.drift import READ
@@ -99,7 +98,7 @@ def _select(
     """Search of the index for the queries, and the best under the budget."""
 
     def work(into: Path) -> int:
-        scored = search_for(place, config.scorer, queries, taken, last=since < run)
+        scored = search_for(place, config.scorer, config.signature, queries, taken, last=since < run)
         return select_best(out, taken[-1], scored, into, run=run, since=since, documents=facts["index_documents"],
                            budget=config.budget, positive=config.positive, facts=facts, published=published)
 
@@ -142,8 +141,10 @@ class _Curation:
         if not (taken / MANIFEST).exists():
             seen = LedgerSeen(self.out / LEDGER, {run: self.folder(run) / "intake" for run in self.known})
             found = look(self.config.intake, seen, self.out / "digests.json")
-            if not found and number > 1 and self.basis(place, queries) == self.result(number - 1)["basis"]:
-                return self.outcome(number - 1, "nothing is new")
+            if not found and number > 1:
+                last = self.result(number - 1)
+                if self.basis(place, queries, last["documents"]) == last["basis"]:
+                    return self.outcome(number - 1, "nothing is new")
             if not (self.folder(number) / BEGUN).exists():
                 write_json(self.folder(number) / BEGUN, {"started": _now()}, checked=True)
             state = _take_in(self.config, found, seen, str(taken), run=number, return_state=True)
@@ -225,9 +226,9 @@ class _Curation:
         """Intakes of all runs up to this one."""
         return [self.folder(number) / "intake" for number in range(1, run + 1)]
 
-    def basis(self, place: Place, queries: QuerySet) -> dict[str, Any]:
-        """All that decides a selection beside the documents."""
-        return {"index": place.key, "queries": queries.digest, "budget": self.config.budget.plain(),
+    def basis(self, place: Place, queries: QuerySet, documents: int) -> dict[str, Any]:
+        """All that decides a selection beside the documents; how many there are, while they decide the calibration."""
+        return {"index": place.name(documents), "queries": queries.digest, "budget": self.config.budget.plain(),
                 "positive": self.config.positive}  # fmt: skip
 
     def make(self, run: int, place: Place, queries: QuerySet) -> None:
@@ -239,10 +240,10 @@ class _Curation:
         if total:
             state = _score(config, place, self.intakes(run), total, run=run, return_state=True)
             held = state.result()
-        earlier = [entry for entry in self.known.values() if entry.index == place.key]
+        earlier = [entry for entry in self.known.values() if entry.index.partition("-")[0] == place.key]
         standing = self.standing()
         dropped, skipped = _left_out(intake.dir)
-        basis = self.basis(place, queries)
+        basis = self.basis(place, queries, total)
         facts = {
             "name": config.name, "title": config.title, "basis": basis, "config": config.plain(),
             "config_digest": sha256_json(config.plain()), "index_documents": held["documents"],
@@ -250,12 +251,14 @@ class _Curation:
             "scored_documents": held["documents"] - sum(entry.scored_documents for entry in earlier),
             "scored_tokens": held["tokens"] - sum(entry.scored_tokens for entry in earlier),
             "made_of": [self.entry(run - 1)["digest"] if last else None, intake.digest],
-            "index_digest": read_json(place.index / INDEX_MANIFEST)["sha256"] if total else None,
+            "index_digest": read_json(place.searched / INDEX_MANIFEST)["sha256"] if total else None,
             "why": {"queries": str(config.queries), "count": len(queries.table)},
             "by": self.model() | {"stored": config.signature.stored, "sketch": config.signature.sketch.plain(),
-                                  **(_fit(Index(place.index)) if total else {"calibration": "none"})},
+                                  "calibration": config.signature.fit.name if config.signature.fit else "none",
+                                  "fitted_on": read_json(place.begun).get("fitted_on", total) if total else 0},
         }  # fmt: skip
-        same = last is not None and all(last["basis"][name] == basis[name] for name in ("index", "queries"))
+        same = (last is not None and basis["index"] == place.key
+                and all(last["basis"][name] == basis[name] for name in ("index", "queries")))  # fmt: skip
         state = _select(config, place, queries, self.intakes(run), facts, self.out, str(self.folder(run) / "result"),
                         run=run, since=last["since"] if last and same else run,
                         published=self.folder(standing) / "result" if standing else None, return_state=True)
@@ -331,11 +334,6 @@ def in_turn(runs: int) -> set[int]:
 def _now() -> str:
     """The time in UTC, as the ledger has it."""
     return datetime.now(UTC).replace(tzinfo=None).isoformat(sep=" ", timespec="seconds")
-
-
-def _fit(index: Index) -> dict[str, Any]:
-    """An index's calibration, and the number of documents that the index was begun with: it was fitted on them."""
-    return {"calibration": index.calibration_name, "fitted_on": index.manifest["batches"][0]["documents"]}
 
 
 def _left_out(intake: Path) -> tuple[int, int]:

@@ -109,7 +109,10 @@ def _nights(directory: Path) -> list[str]:
         if not (folder / "run.json").exists():
             stood = [name for name in ("intake", "result") if (folder / name / stages.MANIFEST).exists()]
             lines.append(f"  run {folder.name}  under way, whole: {', '.join(stood) or 'nothing yet'}")
-    for index in sorted(file.with_suffix("") for file in (directory / "indexes").glob("*.json")):
+    for begun in sorted((directory / "indexes").glob("*.json")):
+        index = begun.with_suffix("")
+        early = index.with_name(f"{index.name}.early")
+        index = early if early.exists() else index
         adding = index / "append.json"
         if adding.exists() or not (index / MANIFEST).exists():
             intakes = [file.parent for file in (directory / "runs").glob(f"*/intake/{stages.MANIFEST}")]

@@ -1,8 +1,9 @@
 """The indexes of a pool that grows, one for each model and sketch, each run's documents appended to it once.
 
-``DIR/indexes/KEY`` is the index; ``KEY.json`` beside it says what it was begun from. ``DIR/tokens/KEY/NNNN.parquet``
-has the lengths of a run's documents in the scorer's tokens, not cut at ``max_length``; ``DIR/queries/KEY/DIGEST`` is
-the index of a query set.
+``DIR/indexes/KEY`` is the index; ``KEY.json`` beside it says what it was begun from. A calibration that is fitted on a
+few documents says little of those that come later. Until there are enough of them the index is ``KEY.early``: float32
+signatures, which every run calibrates on all of them. ``DIR/tokens/KEY/NNNN.parquet`` has the lengths of a run's
+documents in the scorer's tokens, not cut at ``max_length``; ``DIR/queries/KEY/DIGEST`` is the index of a query set.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from tasks.common.config import Config
 from tasks.common.errors import InputError
@@ -34,6 +35,7 @@ from tasks.scoring.config import (
     check_type,
     from_recipe,
 )
+from tasks.scoring.convert import convert_index
 from tasks.scoring.index import Index
 from tasks.scoring.search import score
 
@@ -55,7 +57,9 @@ class SignatureConfig(Config):
     stored: IndexType = "bit"
     """Type of the stored signatures; bit is the smallest."""
     fit: FitConfig | None = FitConfig()
-    """Calibration, fitted on the documents that an index is begun with and kept from then on; None for none."""
+    """Calibration, fitted once and kept from then on; None for none."""
+    enough: int = Field(1000, ge=1)
+    """Documents from which on it is: with fewer, signatures are kept as float32 and calibrated by each run anew."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,8 +91,22 @@ class Place:
 
     @property
     def index(self) -> Path:
-        """The index."""
+        """The index whose calibration is kept."""
         return self.root / "indexes" / self.key
+
+    @property
+    def early(self) -> Path:
+        """The index of floats that stands for it while there are few documents."""
+        return self.root / "indexes" / f"{self.key}.early"
+
+    @property
+    def searched(self) -> Path:
+        """The one of them that is searched."""
+        return self.index if (self.index / index.MANIFEST).exists() else self.early
+
+    def name(self, documents: int) -> str:
+        """What scores of so many documents come from: equal for two runs whose scores are on one scale."""
+        return self.key if self.searched == self.index else f"{self.key}-{documents}"
 
     @property
     def begun(self) -> Path:
@@ -109,7 +127,8 @@ def place_of(root: Path, scorer: ScorerConfig, signature: SignatureConfig) -> Pl
     located = locate(scorer.model, revision=scorer.revision)
     return Place(root, sha256_json({
         "version": VERSION, "model": located.digest, "precision": str(torch_dtype(scorer.precision)),
-        "max_length": scorer.max_length, **signature.plain(),
+        "max_length": scorer.max_length,
+        **{name: value for name, value in signature.plain().items() if name != "enough"},
     })[:16])  # fmt: skip
 
 
@@ -143,34 +162,56 @@ def grow(
     begun = read_json(place.begun)
     # The plan of an unfinished build or append must not move under it.
     planned = scorer.model_copy(update={name: begun[name] for name in ("batch_tokens", "shard_tokens")})
-    first = begun["runs"]
-    if not (place.index / index.MANIFEST).exists():
+    first, fit = begun["runs"], signature.fit
+    if place.searched == place.early and fit is not None and (place.early.exists() or documents < signature.enough):
+        _bring_up(place.early, planned, _as_floats(signature), intakes, first, documents, report)
+        if documents >= signature.enough:
+            convert_index(Index(place.early), place.index, stored=signature.stored, fit=fit)
+    else:
+        _bring_up(place.index, planned, signature, intakes, first, documents, report)
+    if place.searched == place.index:
+        if "fitted_on" not in begun:
+            write_json(place.begun, {**begun, "fitted_on": documents}, checked=True)
+        shutil.rmtree(place.early, ignore_errors=True)
+    for run, intake in enumerate(intakes, 1):
+        if not place.tokens(run).exists():
+            _lengths(place, scorer, run, intake)
+    made = Index(place.searched).manifest["batches"]
+    return {name: sum(batch[name] for batch in made) for name in ("documents", "tokens")}
+
+
+def _bring_up(
+    out: Path, scorer: ScorerConfig, signature: SignatureConfig, intakes: Sequence[Path], first: int, documents: int,
+    report: Report | None,
+) -> None:  # fmt: skip
+    """Build an index of the ``first`` runs' documents, or go on with it, and append what it lacks of the others."""
+    if not (out / index.MANIFEST).exists():
         for intake in intakes[:first]:
             whole(intake)
         together = intakes[0] / DOCUMENTS
         if first > 1:
-            together = place.index.with_suffix(".documents.parquet")
+            together = out.with_suffix(".documents.parquet")
             _join(intakes[:first], together)
-        build_index(together, place.index, planned, signature.sketch, stored=signature.stored, fit=signature.fit,
+        build_index(together, out, scorer, signature.sketch, stored=signature.stored, fit=signature.fit,
                     label="scoring", report=report)  # fmt: skip
-    place.index.with_suffix(".documents.parquet").unlink(missing_ok=True)
-    for run in _lacking(place, intakes, first, documents):
-        append_index(intakes[run - 1] / DOCUMENTS, place.index, planned, new=True, label="scoring", report=report)
-    (place.index / APPEND).unlink(missing_ok=True)  # of an append that was killed when the index was whole
-    for run, intake in enumerate(intakes, 1):
-        if not place.tokens(run).exists():
-            _lengths(place, scorer, run, intake)
-    made = Index(place.index).manifest["batches"]
-    return {name: sum(batch[name] for batch in made) for name in ("documents", "tokens")}
+    out.with_suffix(".documents.parquet").unlink(missing_ok=True)
+    for run in _lacking(out, intakes, first, documents):
+        append_index(intakes[run - 1] / DOCUMENTS, out, scorer, new=True, label="scoring", report=report)
+    (out / APPEND).unlink(missing_ok=True)  # of an append that was killed when the index was whole
 
 
-def _lacking(place: Place, intakes: Sequence[Path], first: int, documents: int) -> list[int]:
+def _as_floats(signature: SignatureConfig) -> SignatureConfig:
+    """The same signatures as float32, not calibrated."""
+    return signature.model_copy(update={"stored": "fp32", "fit": None})
+
+
+def _lacking(out: Path, intakes: Sequence[Path], first: int, documents: int) -> list[int]:
     """The runs after the ``first`` whose documents an index lacks, in order; the index has whole runs.
 
     Raises:
         InputError: it has neither all documents nor all but those of some last runs.
     """
-    held = len(Index(place.index))
+    held = len(Index(out))
     left, runs = documents - held, list[int]()
     for run in range(len(intakes), first, -1):
         if left <= 0:
@@ -180,7 +221,7 @@ def _lacking(place: Place, intakes: Sequence[Path], first: int, documents: int) 
             runs.append(run)
     if left:
         raise InputError(f"holds {held} documents, and the runs took in {documents}; restore it from a copy, or remove "
-                         "it to score them again", file=place.index)  # fmt: skip
+                         "it to score them again", file=out)  # fmt: skip
     return runs[::-1]
 
 
@@ -237,16 +278,18 @@ SCORED = (("doc_id", "string"), ("score", "double"), ("n_tokens", "int32"), ("qu
 
 
 def search_for(
-    place: Place, scorer: ScorerConfig, queries: QuerySet, intakes: Sequence[Path], *, last: bool
-) -> pa.Table:
+    place: Place, scorer: ScorerConfig, signature: SignatureConfig, queries: QuerySet, intakes: Sequence[Path], *,
+    last: bool,
+) -> pa.Table:  # fmt: skip
     """What a query set says of the documents of an index, whose own signatures are made once.
 
     Args:
         place: where the index stands.
         scorer: the model.
+        signature: how documents are compared, where the index does not keep a calibration yet.
         queries: what is wanted.
         intakes: the runs' intakes from the first on, all in the index.
-        last: score the documents of the last of them alone.
+        last: score the documents of the last of them alone, by the calibration that the index keeps.
 
     Returns:
         ``doc_id``, ``score`` (mean over the queries), ``n_tokens`` (whole document), ``query`` (the one that the
@@ -265,8 +308,9 @@ def search_for(
     schema = pa.schema(list(SCORED))
     if not length:
         return schema.empty_table()
-    made, asked = Index(place.index), _asked(place, scorer, queries)
-    found = score(made, asked, calibrated=made.calibration_name, first=len(made) - len(length))
+    made, asked = Index(place.searched), _asked(place, scorer, queries)
+    found = score(made, asked, calibrated=signature.fit.name if signature.fit else "none",
+                  first=len(made) - len(length))  # fmt: skip
     assert found.per_query is not None  # RISE looks at the queries
     if not np.isfinite(found.mean).all():
         raise InputError("gives scores that are no numbers; check the model", file=scorer.model)
@@ -288,7 +332,7 @@ def _asked(place: Place, scorer: ScorerConfig, queries: QuerySet) -> Index:
     if not _sound(out):
         shutil.rmtree(out, ignore_errors=True)  # an unfinished one may be of another plan of shards; seconds
         write_documents(documents, queries.table)
-        query_index(Index(place.index), documents, out, model=None if scorer.revision else scorer.model)
+        query_index(Index(place.searched), documents, out, model=None if scorer.revision else scorer.model)
     documents.unlink(missing_ok=True)
     asked = Index(out)
     if all(bool(empty(block).all()) for block in asked.blocks()):

@@ -289,7 +289,7 @@ def curation_conf(folder: Path, made: Mapping[str, Path], inbox: Path) -> Path:
         "queries": str(folder / "queries.jsonl"), "budget": {"documents": 12}, "positive": "control",
         "scorer": {"model": str(made["scorer"]), "precision": "float32", "batch_tokens": 256, "shard_tokens": 400,
                    "threads": 1},
-        "signature": {"sketch": SIGNATURE, "fit": {"name": "median-bit+spread", "documents": 16}},
+        "signature": {"sketch": SIGNATURE, "fit": {"name": "median-bit+spread", "documents": 16}, "enough": 40},
     }))  # fmt: skip
     return conf
 

@@ -73,7 +73,7 @@ def conf(models: list[Path], tmp_path: Path) -> Path:
         "queries": str(tmp_path / "queries.jsonl"), "budget": {"documents": 6}, "positive": "control",
         "scorer": {"model": str(models[0]), "precision": "float32", "batch_tokens": 600, "shard_tokens": 1500,
                    "max_length": 96, "threads": 1},
-        "signature": {"sketch": {"kr": 16, "kh": 6, "kg": 12}},
+        "signature": {"sketch": {"kr": 16, "kh": 6, "kg": 12}, "enough": 1},
     }))  # fmt: skip
     return path
 
@@ -337,6 +337,56 @@ def test_a_spread_is_that_of_the_first_runs_documents(conf: Path, curate: Curate
         assert np.array_equal(shard.spread(slice(None)), spread(shard.arrays()["signatures"]))
     for run, held in ((1, 36), (2, 8)):
         assert ask(out, f"SELECT count(*) FROM scores WHERE run = {run}") == [(held,)]
+
+
+EARLY = ("signature.enough=40", "signature.fit.name=median-bit+spread")
+
+
+def test_few_documents_are_calibrated_by_each_run_anew(
+    conf: Path, curate: Curate, passes: list[int], tmp_path: Path
+) -> None:
+    """12 documents, then 48 (enough is 40), then 53: nothing is scored twice, and no first run decides for the rest."""
+    out, all_at_once = tmp_path / "out", tmp_path / "all"
+    held = {path: path.read_text().splitlines(keepends=True) for path in (conf.parent / "inbox").iterdir()}
+    for path, lines in held.items():
+        path.write_text("".join(lines[:6]))
+    curate(out, *EARLY)
+    [early] = [path for path in (out / "indexes").iterdir() if path.is_dir()]
+    assert (early.suffix, Index(early).stored, Index(early).calibration_name) == (".early", "fp32", "none")
+    for path, lines in held.items():
+        path.write_text("".join(lines))
+    arrive(conf, count=12)
+    curate(out, *EARLY)
+    [index] = [path for path in (out / "indexes").iterdir() if path.is_dir()]
+    assert (index.suffix, Index(index).stored, Index(index).calibration_name) == ("", "bit", "median-bit+spread")
+    kept = sha256_file(index / "calibration.npy")
+    arrive(conf, "last.jsonl", seed=12, count=5)
+    third = curate(out, *EARLY)
+    assert sum(passes) == 12 + 3 + 36 + 5
+    assert sha256_file(index / "calibration.npy") == kept
+    assert ask(out, "SELECT run, scored_documents, documents FROM runs ORDER BY run") == [
+        (1, 12, 12), (2, 36, 48), (3, 5, 53)]  # fmt: skip
+    assert ask(out, "SELECT run, count(*) FROM scores GROUP BY run ORDER BY run") == [(1, 12), (2, 48), (3, 5)]
+    card = read_json(Path(third["published"]) / "card.json")
+    assert (card["by"]["fitted_on"], card["by"]["calibration"]) == (48, "median-bit+spread")
+    (conf.parent / "inbox" / "last.jsonl").unlink()
+    curate(all_at_once, *EARLY)
+    assert ask(all_at_once, "SELECT doc_id, score, query FROM scores") != []
+    one = dict(ask(all_at_once, "SELECT doc_id, score FROM scores"))
+    two = dict(ask(out, "SELECT doc_id, score FROM scores WHERE run = 2"))
+    assert one.keys() == two.keys()
+    assert [one[doc_id] for doc_id in one] == pytest.approx([two[doc_id] for doc_id in one], abs=1e-6)
+
+
+def test_an_early_index_scores_as_one_of_bits_would(conf: Path, curate: Curate, tmp_path: Path) -> None:
+    early, bits = tmp_path / "early", tmp_path / "bits"
+    for out, enough in ((early, 1000), (bits, 1)):
+        curate(out, EARLY[1], f"signature.enough={enough}")
+    found = [dict(ask(out, "SELECT doc_id, score FROM scores")) for out in (early, bits)]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert curate(early, EARLY[1], "signature.enough=1000")["what"] == "nothing is new"
+    assert [Index(path).stored for path in sorted((early / "indexes").glob("*.early"))] == ["fp32"]
+    assert status_lines(early)[-1].endswith("  whole, 36 documents")
 
 
 def test_runs_are_drawn_side_by_side(conf: Path, curate: Curate, tmp_path: Path) -> None:
