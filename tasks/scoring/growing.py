@@ -8,6 +8,7 @@ documents in the scorer's tokens, not cut at ``max_length``; ``DIR/queries/KEY/D
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def grow(
     if place.searched == place.early and fit is not None and (place.early.exists() or documents < signature.enough):
         _bring_up(place.early, planned, _as_floats(signature), intakes, first, documents, report)
         if documents >= signature.enough:
-            convert_index(Index(place.early), place.index, stored=signature.stored, fit=fit)
+            _keep_calibration(place, signature, fit)
     else:
         _bring_up(place.index, planned, signature, intakes, first, documents, report)
     if place.searched == place.index:
@@ -198,6 +199,15 @@ def _bring_up(
     for run in _lacking(out, intakes, first, documents):
         append_index(intakes[run - 1] / DOCUMENTS, out, scorer, new=True, label="scoring", report=report)
     (out / APPEND).unlink(missing_ok=True)  # of an append that was killed when the index was whole
+
+
+def _keep_calibration(place: Place, signature: SignatureConfig, fit: FitConfig) -> None:
+    """Make the index from the one of floats: seconds, so what a killed call left is thrown away."""
+    half = place.index.with_suffix(".half")
+    for left in (half, place.index):
+        shutil.rmtree(left, ignore_errors=True)
+    convert_index(Index(place.early), half, stored=signature.stored, fit=fit)
+    os.replace(half, place.index)
 
 
 def _as_floats(signature: SignatureConfig) -> SignatureConfig:

@@ -33,7 +33,7 @@ from tasks.pool.duplicates import DuplicateIndex
 from tasks.pool.intake import DOCUMENTS, DROPPED, IntakeConfig, look, take_in
 from tasks.reporting.curation import runs_png
 from tasks.reporting.run import report_run
-from tasks.scoring import engine
+from tasks.scoring import convert, engine, growing, spread
 from tasks.scoring.index import Index
 from tasks.scoring.spread import Spread
 from tasks.scoring.store import bytes_a_document
@@ -86,6 +86,15 @@ def arrive(conf: Path, name: str = "more.jsonl", *, seed: int = 3, count: int = 
 
 
 Curate = Callable[..., dict[str, Any]]
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise Killed
+
 
 
 @pytest.fixture
@@ -378,6 +387,30 @@ def test_few_documents_are_calibrated_by_each_run_anew(
     assert [one[doc_id] for doc_id in one] == pytest.approx([two[doc_id] for doc_id in one], abs=1e-6)
 
 
+def test_a_kill_as_the_calibration_is_kept_costs_nothing(
+    conf: Path, curate: Curate, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enough documents, and killed before, in and behind the conversion; another limit meanwhile."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for place in (whole, out):
+        curate(place, *EARLY)
+    arrive(conf)
+    curate(whole, *EARLY)
+    for name in ("write_reference", "finish"):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert.index if name == "finish" else spread.index, name, stop)
+            with pytest.raises(Killed):
+                curate(out, *EARLY)
+    with monkeypatch.context() as patch:
+        patch.setattr(growing.shutil, "rmtree", lambda path, **_: stop() if path.suffix == ".early" else None)
+        with pytest.raises(Killed):
+            curate(out, *EARLY)
+    passes.clear()
+    assert curate(out, *EARLY)["run"] == 2
+    assert passes == []
+    assert digests(out) == digests(whole)
+
+
 def test_an_early_index_scores_as_one_of_bits_would(conf: Path, curate: Curate, tmp_path: Path) -> None:
     early, bits = tmp_path / "early", tmp_path / "bits"
     for out, enough in ((early, 1000), (bits, 1)):
@@ -558,10 +591,6 @@ def test_a_ledger_that_is_held_or_none_is_named(curate: Curate, tmp_path: Path) 
     (out / LEDGER).write_bytes(b"no ledger" * 2000)
     with pytest.raises(InputError, match="is not a ledger"):
         curate(out)
-
-
-class Killed(BaseException):
-    pass
 
 
 def digests(out: Path) -> dict[str, str]:
