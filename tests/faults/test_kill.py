@@ -42,6 +42,14 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(scenario: Scenario, t
     assert figures["whole files looked at"] > 0
 
 
+def test_an_index_of_floats_may_go_when_its_own_is_there() -> None:
+    before = {"indexes/a.early/shards/0.npy": (1, 1), "indexes/b.early/shards/0.npy": (2, 1)}
+    after = {"indexes/a/shards/0.npy": (3, 1)}
+    assert world.again(before, after) == ["indexes/b.early/shards/0.npy"]
+    assert world.again(before, {**before, "indexes/a.early/shards/0.npy": (4, 1), **after}) == [
+        "indexes/a.early/shards/0.npy"]  # fmt: skip
+
+
 def test_what_is_whole_and_made_again_is_counted(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for name in ("00000.json", "00000.signatures.npy", "00001.signatures.npy"):

@@ -340,5 +340,13 @@ def whole(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def again(before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Files that were whole and have been made again, or are gone."""
-    return sorted(name for name, stat in before.items() if after.get(name) != stat)
+    """Files that were whole and have been made again, or are gone; an index of floats goes when its own is whole."""
+    kept = {place for name in after for place in Path(name).parents}
+    return sorted(name for name, stat in before.items() if after.get(name) != stat
+                  and not (name not in after and _own_index(name) in kept))
+
+
+def _own_index(name: str) -> Path | None:
+    """The index that takes the place of the one of floats in which a file lies."""
+    early = next((place for place in Path(name).parents if place.suffix == ".early"), None)
+    return early and early.with_suffix("")
