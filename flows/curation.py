@@ -30,7 +30,7 @@ from tasks.reporting.curation import PICTURED, runs_png
 from tasks.scoring.growing import Place, QuerySet, grow, place_of, read_queries, search_for
 from tasks.scoring.index import MANIFEST as INDEX_MANIFEST
 from tasks.selection import publish as publishing
-from tasks.selection.curation_ledger import LEDGER, SELECTED, LedgerSeen, Recorded, record, recorded
+from tasks.selection.curation_ledger import LEDGER, SELECTED, LedgerSeen, Recorded, check_ledger, record, recorded
 from tasks.selection.drift import READ
 from tasks.selection.publish import CARD_TEXT, RESULT, card_text, select_best
 
@@ -164,6 +164,7 @@ class _Curation:
         finished = self.finished()
         if missing := {*range(1, len(finished) + 1)} - {*finished}:
             raise InputError("is missing; restore it from a copy", file=self.folder(min(missing)) / RUN)
+        check_ledger(self.out / LEDGER)
         known = recorded(self.out / LEDGER)
         for number in sorted(in_turn(len(finished)) | ({*finished} - {*known})):
             entry = self.entry(number)

@@ -77,6 +77,15 @@ def finished(setting: Setting, tally: Tally) -> None:
     damaged(tally, setting, curation, left, state)
 
 
+def early(setting: Setting, tally: Tally) -> None:
+    """Every kind of file of a curation of one night, which still has an index of floats; the second gives it up."""
+    scenario = world.curation(setting.folder, setting.models, nights=2)
+    left = world.left_alone(scenario, setting.folder / "two-nights")
+    state = setting.folder / "first-night"
+    begin(scenario, state, last(scenario))
+    damaged(tally, setting, scenario, left, state, title=" first night")
+
+
 def unfinished(setting: Setting, tally: Tally) -> None:
     """Every kind of file that a killed run left unfinished."""
     loop, left = setting.scenarios["closed loop"]
@@ -136,4 +145,4 @@ def index(setting: Setting, tally: Tally) -> None:
             tally.count(f"index: {kind} {manner}", "named in one line", refusal(done, str(file)))
 
 
-FAULTS: dict[str, Fault] = {"finished": finished, "unfinished": unfinished, "index": index}
+FAULTS: dict[str, Fault] = {"finished": finished, "early": early, "unfinished": unfinished, "index": index}

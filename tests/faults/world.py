@@ -327,7 +327,8 @@ def whole(directory: Path) -> dict[str, tuple[int, int]]:
         if (key.parent / "manifest.json").exists():
             files |= {path for path in key.parent.rglob("*") if path.is_file()}
     for entry in directory.rglob("shards/*.json"):
-        if not {"sample", "queries"} & {*entry.relative_to(directory).parts}:
+        places = entry.relative_to(directory).parts
+        if not {"sample", "queries"} & {*places} and not any(place.endswith(".half") for place in places):
             files |= {path for path in entry.parent.glob(f"{entry.stem}.*") if path.suffix in (".npy", ".parquet")}
     for part in ("perplexity", "arc", "cwe"):
         files |= {*directory.glob(f"evaluation/*.partial/{part}.parquet")}

@@ -749,6 +749,26 @@ def test_an_earlier_run_that_is_damaged_is_named(conf: Path, curate: Curate, tmp
                 curate(spoiled)
 
 
+def test_a_bit_that_is_turned_anywhere_in_the_ledger_is_found(curate: Curate, conf: Path, tmp_path: Path) -> None:
+    """Also in a block that the run would not read; one that is not in use does no harm."""
+    out = tmp_path / "out"
+    curate(out)
+    arrive(conf)
+    content, found = (out / LEDGER).read_bytes(), list[str]()
+    for place in range(5000, len(content), len(content) // 40):
+        spoiled = bytearray(content)
+        spoiled[place] ^= 1
+        (out / LEDGER).write_bytes(spoiled)
+        try:
+            curation_ledger.check_ledger(out / LEDGER)
+        except InputError as error:
+            found.append(str(error))
+        else:
+            curation_digest(out / LEDGER)  # all that is in it can be read
+    assert found
+    assert all("Move it away" in line for line in found)
+
+
 def test_a_ledger_without_the_scores_of_all_documents_is_named(conf: Path, curate: Curate, tmp_path: Path) -> None:
     out = tmp_path / "out"
     curate(out)
