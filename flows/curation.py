@@ -126,7 +126,7 @@ class _Curation:
         self.config, self.out = config, out
         self.log = get_run_logger()
         self.known: dict[int, Recorded] = {}
-        """The runs that are over, as the ledger has them."""
+        """The runs that are over, as the ledger has them; a run that was killed behind its row is not one of them."""
 
     def run(self) -> dict[str, Any]:
         """Finish the run that was killed, then make one if anything is new."""
@@ -165,25 +165,20 @@ class _Curation:
         if missing := {*range(1, len(finished) + 1)} - {*finished}:
             raise InputError("is missing; restore it from a copy", file=self.folder(min(missing)) / RUN)
         check_ledger(self.out / LEDGER)
-        known = recorded(self.out / LEDGER)
-        for number in sorted(in_turn(len(finished)) | ({*finished} - {*known})):
+        self.known = {run: entry for run, entry in recorded(self.out / LEDGER).items()
+                      if run in finished}  # fmt: skip
+        for number in sorted(in_turn(len(finished)) | ({*finished} - {*self.known})):
             entry = self.entry(number)
             whole(self.folder(number) / "intake")
             self.result(number)
-            if number not in known:
+            if number not in self.known:
                 self.remember(entry)
-        self.read_ledger()
         if standing := self.standing():
             if whole_or_none(self.selection(standing)) is None:
                 state = _publish(self.folder(standing) / "result", self.intakes(standing),
                                  str(self.selection(standing)), run=standing, return_state=True)  # fmt: skip
                 state.result()
             self.point(standing)
-
-    def read_ledger(self) -> None:
-        """Ask it for the runs that are over; a run that was killed can stand in it already."""
-        finished = {*self.finished()}
-        self.known = {run: entry for run, entry in recorded(self.out / LEDGER).items() if run in finished}
 
     def standing(self) -> int | None:
         """The run whose selection stands."""
@@ -241,7 +236,7 @@ class _Curation:
         if total:
             state = _score(config, place, self.intakes(run), total, run=run, return_state=True)
             held = state.result()
-        earlier = [entry for entry in self.known.values() if entry.index.partition("-")[0] == place.key]
+        earlier = [entry for entry in self.known.values() if place.has(entry.index)]
         standing = self.standing()
         dropped, skipped = _left_out(intake.dir)
         basis = self.basis(place, queries, total)
@@ -294,7 +289,6 @@ class _Curation:
         if result["publish"]:
             self.point(run)
         write_json(folder / RUN, {"entry": entry, "surroundings": surroundings(sys.argv)}, checked=True)
-        self.read_ledger()
         what = ("published" if result["publish"] else "the selection is as it was" if result["selected"]
                 else "no document is within the budget")  # fmt: skip
         outcome = self.outcome(run, what)
@@ -305,6 +299,7 @@ class _Curation:
         """Put a run into the ledger."""
         folder = self.folder(entry["run"])
         record(self.out / LEDGER, entry, folder / "intake", folder / "result")
+        self.known[entry["run"]] = Recorded.of(entry)
 
     def outcome(self, run: int, what: str) -> dict[str, Any]:
         """What the flow returns, of the last run that is over."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -21,6 +21,7 @@ from tasks.common.config import Config
 from tasks.common.errors import InputError
 from tasks.common.files import read_json, sha256_file, sha256_json, whole_file, write_json, write_text
 from tasks.common.progress import Progress, Report
+from tasks.common.stage import whole
 from tasks.pool.cleaning import lone_surrogate
 from tasks.pool.documents import MAX_CHARS, SkippedRow, content_id, read_documents
 from tasks.pool.duplicates import jaccard, shingles
@@ -376,6 +377,19 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
 
     with whole_file(path) as part:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), part, compression="zstd")
+
+
+def texts_of(intake: Path, doc_ids: Collection[str]) -> dict[str, str]:
+    """Document → text, of some documents that a run took in.
+
+    Raises:
+        InputError: the intake is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    whole(intake)
+    table = pq.read_table(intake / DOCUMENTS, columns=["doc_id", "text"], filters=[("doc_id", "in", doc_ids)])
+    return dict(zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 
 def read_texts(intakes: Sequence[Path], columns: Sequence[str] = KEPT) -> Iterator[pa.Table]:

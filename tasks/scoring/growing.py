@@ -109,6 +109,10 @@ class Place:
         """What scores of so many documents come from: equal for two runs whose scores are on one scale."""
         return self.key if self.searched == self.index else f"{self.key}-{documents}"
 
+    def has(self, name: str) -> bool:
+        """Whether scores with this :meth:`name` came from here."""
+        return name.partition("-")[0] == self.key
+
     @property
     def begun(self) -> Path:
         """JSON of what the index was begun from: runs and the scorer's plan of shards."""

@@ -62,7 +62,7 @@ def score(pool: Index, queries: Index, *, calibrated: str = "none", first: int =
     if first not in pool.starts[:-1]:
         raise ValueError(f"no shard begins at document {first}")
     shards = pool.shards[int(np.searchsorted(pool.starts, first)) :]
-    doc_ids = [doc_id for shard in shards for doc_id in shard.doc_ids().to_pylist()]
+    doc_ids = [doc_id for shard in shards for doc_id in shard.doc_ids().to_pylist()] if first else pool.doc_ids
     standardize = calibrated.endswith(SPREAD)
     own = calibrated == pool.calibration_name
     fitted = pool.calibration if own else fitted_for(pool, calibrated.removesuffix(SPREAD))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +49,9 @@ class Candidates:
         self._con, self._run = con, run
 
     def __len__(self) -> int:
-        return int(self._one("SELECT count(*) FROM candidates"))
-
-    def new(self) -> int:
-        """How many of them the run took in."""
-        return int(self._one(f"SELECT count(*) FROM candidates WHERE run = {self._run}"))
+        row = self._con.execute("SELECT count(*) FROM candidates").fetchone()
+        assert row is not None
+        return int(row[0])
 
     def best(self) -> Iterator[Candidate]:
         """All of them, best first; ties by id. What else is asked ends it."""
@@ -72,11 +70,6 @@ class Candidates:
         only = f"AND run = {self._run}" if new else ""
         return dict(self._con.execute(f"SELECT {what}, count(*) FROM candidates WHERE {what} IS NOT NULL {only} "
                                       f"GROUP BY {what} ORDER BY {what}").fetchall())  # fmt: skip
-
-    def _one(self, sql: str) -> Any:
-        row = self._con.execute(sql).fetchone()
-        assert row is not None
-        return row[0]
 
 
 @contextmanager

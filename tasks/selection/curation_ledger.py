@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.files import read_json
-from tasks.common.stage import whole
-from tasks.pool.intake import DOCUMENTS, DROPPED, FILES
+from tasks.pool.intake import DOCUMENTS, DROPPED, FILES, texts_of
 from tasks.selection.database import columns_of, connect, digest_tables, make_tables, new_tables, open_tables
 
 if TYPE_CHECKING:
@@ -106,6 +105,11 @@ class Recorded:
     scored_tokens: int
     published: bool
 
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Recorded:
+        """Those of the columns of ``runs``."""
+        return cls(*(entry[one.name] for one in fields(cls)))
+
 
 def recorded(path: Path) -> dict[int, Recorded]:
     """The runs in the ledger, in order; none without one."""
@@ -195,19 +199,11 @@ class LedgerSeen:
         wanted: dict[int, set[str]] = defaultdict(set)
         for _, run, doc_id in pairs:
             wanted[run].add(doc_id)
-        texts = {run: self._texts(run, doc_ids) for run, doc_ids in wanted.items()}
+        texts = {run: texts_of(self._intakes[run], doc_ids) for run, doc_ids in wanted.items()}
         found: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for row, run, doc_id in pairs:
             found[row].append((doc_id, texts[run][doc_id]))
         return found
-
-    def _texts(self, run: int, doc_ids: set[str]) -> dict[str, str]:
-        import pyarrow.parquet as pq
-
-        whole(self._intakes[run])
-        table = pq.read_table(self._intakes[run] / DOCUMENTS, columns=["doc_id", "text"],
-                              filters=[("doc_id", "in", doc_ids)])  # fmt: skip
-        return dict(zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True))
 
     def _asked(self, sql: str, values: Sequence[str]) -> list[tuple[Any, ...]]:
         import pyarrow as pa

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.common.files import read_json, sha256_file, whole_file, write_json, write_text
-from tasks.common.stage import whole
-from tasks.pool.intake import DOCUMENTS
+from tasks.pool.intake import DOCUMENTS, texts_of
 from tasks.selection.budget import BudgetConfig, choose
 from tasks.selection.candidates import candidates
 from tasks.selection.curation_ledger import DRIFT, SCORES, SELECTED
@@ -60,13 +59,12 @@ def select_best(
     earlier = None if published is None else read_json(published / RESULT)
     with candidates(directory, intake / DOCUMENTS, scored, run=run, since=since, count=documents) as all_of_them:
         chosen = choose(budget, all_of_them.best())
+        taken, now = Counter(one.source for one in chosen), all_of_them.scores(new=True)
         figures = drift(
-            before=all_of_them.scores(new=False), now=all_of_them.scores(new=True),
-            new=all_of_them.count("source", new=True), selected=Counter(one.source for one in chosen),
+            before=all_of_them.scores(new=False), now=now, new=all_of_them.count("source", new=True), selected=taken,
             selected_now=sum(one.run == run for one in chosen), chosen=[one.doc_id for one in chosen],
             chosen_before=None if before is None else before["doc_id"].to_pylist(),
         )  # fmt: skip
-        new = all_of_them.new()
         seen = all_of_them.count("source")
         labels = _labels(all_of_them.count("label"), Counter(one.label for one in chosen if one.label is not None))
     selected = pa.Table.from_pylist([asdict(one) | {"rank": rank} for rank, one in enumerate(chosen, 1)],
@@ -77,10 +75,9 @@ def select_best(
                  and earlier["basis"] == facts["basis"])  # fmt: skip
     if positive is not None and labels:
         figures["purity"] = labels.get(positive, {"selected": 0.0})["selected"]
-    taken = Counter(one.source for one in chosen)
     write_json(out / DRIFT, figures)
     write_json(out / RESULT, {
-        **facts, "run": run, "since": since, "documents": documents, "new": new, "selected": len(chosen),
+        **facts, "run": run, "since": since, "documents": documents, "new": len(now), "selected": len(chosen),
         "tokens": sum(one.n_tokens for one in chosen), "publish": bool(chosen) and not unchanged, "labels": labels,
         "positive": positive, "budget": budget.plain(),
         "sources": {source: {"seen": count, "selected": taken[source]} for source, count in seen.items()},
@@ -133,16 +130,12 @@ def publish(result: Path, intakes: Sequence[Path], out: Path) -> int:
         The number of documents.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     selected = _read(result / SELECTED)
     texts: dict[str, str] = {}
     for run in sorted(set(selected["run"].to_pylist())):
-        whole(intakes[run - 1])
         wanted = [row["doc_id"] for row in selected.select(["doc_id", "run"]).to_pylist() if row["run"] == run]
-        table = pq.read_table(intakes[run - 1] / DOCUMENTS, columns=["doc_id", "text"],
-                              filters=[("doc_id", "in", wanted)])  # fmt: skip
-        texts |= dict(zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True))
+        texts |= texts_of(intakes[run - 1], wanted)
     column = pa.array([texts[doc_id] for doc_id in selected["doc_id"].to_pylist()], pa.string())
     _write(out / SELECTED, selected.add_column(1, "text", column))
     card = read_json(result / RESULT)
